@@ -1,0 +1,143 @@
+"""The command `cdm`: a thin door. Everything works through MMEngine's own Runner too."""
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, List, Optional
+
+from mmengine.config import DictAction
+
+# Mistakes in a config or in the data: one line is worth more than a traceback.
+USER_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains a config with MMEngine's runner."""
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    from cdm_plugin.config import load_config
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    try:
+        runner.train()
+    except USER_ERRORS as error:
+        done = getattr(runner._train_loop, 'iter', 0)  # still a config if the loop could not be built
+        if done > 0:  # no mistake in the config: the traceback is needed
+            raise RuntimeError(f'training stopped in iteration {done}') from error
+        raise
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Samples images from a config or an exported folder."""
+    import torch
+
+    from cdm_plugin.draws import stream
+    from cdm_plugin.images import labelled_grid, save_png, save_pngs
+    from cdm_plugin.inference import load_method, sample_prompts, step_sigmas, student_weights
+    method = load_method(args.source, args.checkpoint)
+    prompts = [p for p in args.prompts for _ in range(args.num)]
+    noise = torch.randn(method.latent_shape(len(prompts)), generator=stream(args.seed, 'sample'))
+    sigmas = step_sigmas(args.steps) if args.steps else None
+    with student_weights(method, not args.no_ema):
+        images = sample_prompts(method, prompts, noise, args.batch_size, sigmas=sigmas, role=args.role,
+                                guidance_scale=args.guidance_scale)
+    out = Path(args.out)
+    save_pngs(images, out, [f'{i:04d}' for i in range(len(images))])
+    rows = {str(p)[:40]: images[i * args.num:(i + 1) * args.num] for i, p in enumerate(args.prompts)}
+    print(f'{len(images)} images in {out}, contact sheet {save_png(labelled_grid(rows), out / "grid.png")}')
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a trained student as a folder of diffusers' layout."""
+    from cdm_plugin.inference import export as export_student
+    from cdm_plugin.inference import load_method
+    method = load_method(args.config, args.checkpoint, device='cpu')
+    folder = export_student(method, args.out, ema=not args.no_ema)
+    used = 'EMA' if method.student_ema is not None and not args.no_ema else 'own'
+    print(f'exported the student ({used} weights) to {folder}')
+
+
+def plugins(args: argparse.Namespace) -> None:
+    """Lists what was loaded from where."""
+    from cdm_plugin import plugins as manager
+    print(manager.format_table(manager.loaded()))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Distils the digits teacher and judges the student."""
+    from cdm_plugin.demo import run
+    run(args.work_dir, options=args.cfg_options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog='cdm', description='Distil diffusion models into few-step students.')
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    def add(function: Any, **kwargs: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__, **kwargs)
+        command.set_defaults(function=function)
+        return command
+
+    options = dict(nargs='+', action=DictAction, metavar='KEY=VALUE', help='change config keys: model.type=CDM')
+    command = add(train)
+    command.add_argument('config', help='a config file or a shipped recipe, digits/cdm_...py')
+    command.add_argument('--work-dir', help='default work_dirs/<config>')
+    command.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                         help='go on from the latest checkpoint of the work directory, or from this one')
+    command.add_argument('--cfg-options', **options)
+    command.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+
+    command = add(sample)
+    command.add_argument('source', help='an exported folder, a config file or a shipped recipe')
+    command.add_argument('--checkpoint', help='for a config: a checkpoint or a work directory')
+    command.add_argument('--prompts', nargs='+', required=True, help='texts, or class labels')
+    command.add_argument('--num', type=int, default=8, help='images a prompt (default 8)')
+    command.add_argument('--steps', type=int, help='default: model.sample_sigmas')
+    command.add_argument('--seed', type=int, default=0)
+    command.add_argument('--role', choices=['student', 'teacher', 'fake'], default='student')
+    command.add_argument('--guidance-scale', type=float, default=1.0, help='default 1, off')
+    command.add_argument('--batch-size', type=int, default=16)
+    command.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
+    command.add_argument('--out', default='samples', help='folder for the PNG files (default samples)')
+
+    command = add(export)
+    command.add_argument('config', help='a config file or a shipped recipe')
+    command.add_argument('--checkpoint', required=True, help='a checkpoint or a work directory')
+    command.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
+    command.add_argument('--out', required=True, help='folder to write')
+
+    add(plugins)
+
+    command = add(demo)
+    command.add_argument('--work-dir', default='work_dirs/demo', help='default work_dirs/demo')
+    command.add_argument('--cfg-options', **options)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command; mistakes of the user become one line on stderr and exit status 2."""
+    args = build_parser().parse_args(argv)
+    if args.traceback or os.environ.get('CDM_TRACEBACK') == '1':
+        args.function(args)
+        return 0
+    try:
+        import cdm_plugin  # noqa: F401  registers everything
+        args.function(args)
+    except USER_ERRORS as error:
+        text = str(error.args[0]) if error.args and isinstance(error, KeyError) else str(error)
+        print(f'cdm {args.command}: {" ".join(text.split())} (cdm --traceback {args.command} ... shows where)',
+              file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,112 @@
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence, Union
+
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+from torch import Tensor
+
+from cdm_plugin.assets import resolve
+from cdm_plugin.data.embedding_files import EmbeddingReader, ShardHeader, read_header
+from cdm_plugin.data.pack_inputs import PackInputs
+
+NULL = 'null.safetensors'
+
+
+@DATASETS.register_module()
+class EmbeddingDataset(BaseDataset):
+    """Cached text embeddings, read one sample at a time from safetensors files that `write_embeddings` wrote.
+
+    A sample holds `condition` (dict of tensors, such as `encoder_hidden_states` (L, D) and `pooled_projections` (P,))
+    and, if the files say it, `prompt` (str).
+
+    Args:
+        data_root (str): Folder of shards, taken in the order of their names, or one shard; `asset:NAME` for one that
+            comes with the package. `null.safetensors` in the folder is no shard, but the null condition.
+        pipeline (Sequence): Transforms. Default `PackInputs`.
+        **kwargs: Other arguments of MMEngine's `BaseDataset`, such as `indices`.
+
+    Raises:
+        FileNotFoundError: If `data_root` does not exist, or holds no shard.
+        ValueError: If a shard is damaged, or differs from the first one in its fields.
+    """
+
+    def __init__(self, data_root: str, pipeline: Sequence[Union[dict, Callable]] = (PackInputs(),),
+                 **kwargs: Any) -> None:
+        self._reader = EmbeddingReader()
+        super().__init__(data_root=resolve(data_root), pipeline=pipeline, **kwargs)
+
+    def load_data_list(self) -> List[Dict[str, Any]]:
+        """Reads the headers of all shards and lists their rows."""
+        self._shards = self._list_shards()
+        self._first = read_header(self._shards[0])
+        samples: List[Dict[str, Any]] = []
+        for index, path in enumerate(self._shards):
+            header = read_header(path)
+            self._check_like_first(path, header)
+            samples += [dict(shard=index, row=row) for row in range(header.rows)]
+            for sample, prompt in zip(samples[len(samples) - header.rows:], header.prompts or []):
+                sample['prompt'] = prompt
+        if not samples:
+            raise ValueError(f'`data_root` {self.data_root}: the shards hold no samples; write them again')
+        return samples
+
+    def get_data_info(self, idx: int) -> Dict[str, Any]:
+        """Raw sample, with its embeddings.
+
+        Args:
+            idx (int): Index of the sample.
+
+        Returns:
+            dict: `condition`, `prompt` if known, and `sample_idx`.
+        """
+        sample = super().get_data_info(idx)
+        sample['condition'] = self._reader.read(self._shards[sample.pop('shard')], sample.pop('row'))
+        return sample
+
+    def null_condition(self) -> Dict[str, Tensor]:
+        """Embeddings of the null condition, from `null.safetensors` beside the shards.
+
+        Returns:
+            dict: Tensors by field, shaped as those of a sample.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, does not hold one sample, or its fields are not those of the shards.
+        """
+        self.full_init()
+        path = Path(self._shards[0]).with_name(NULL)
+        if not path.is_file():
+            raise FileNotFoundError(f'`data_root` {self.data_root} has no null condition: write the embeddings of the '
+                                    f'empty prompt, one row, to {path}')
+        header = read_header(str(path))
+        if header.rows != 1:
+            raise ValueError(f'{path} must hold one sample, the null condition, but holds {header.rows}')
+        self._check_like_first(str(path), header._replace(prompts=self._first.prompts))
+        return self._reader.read(str(path), 0)
+
+    def _list_shards(self) -> List[str]:
+        root = Path(self.data_root)
+        if root.is_file():
+            return [str(root)]
+        if not root.is_dir():
+            raise FileNotFoundError(f'`data_root` {root} does not exist: give a folder of safetensors files, or one '
+                                    'such file')
+        shards = sorted(str(path) for path in root.glob('*.safetensors') if path.name != NULL)
+        if not shards:
+            raise FileNotFoundError(f'`data_root` {root} holds no embeddings: there is no shard *.safetensors in it')
+        return shards
+
+    def _check_like_first(self, path: str, header: ShardHeader) -> None:
+        for name in sorted({*header.fields, *self._first.fields}):
+            here, first = (_describe(h.fields.get(name)) for h in (header, self._first))
+            if here != first:
+                raise ValueError(f'`data_root`: {name} is {here} in {path}, but {first} in {self._shards[0]}; write '
+                                 'all with one text encoder and one length, or keep them in separate folders')
+        if (header.prompts is None) != (self._first.prompts is None):
+            with_prompts, without = (path, self._shards[0]) if header.prompts is not None else (self._shards[0], path)
+            raise ValueError(f'`data_root`: {with_prompts} holds prompts, but {without} does not; write all of them '
+                             'with prompts, or none')
+
+
+def _describe(field: Any) -> str:
+    return 'absent' if field is None else f'{field[1]} {field[0]}'

@@ -1,0 +1,107 @@
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+
+from cdm_plugin.assets import resolve
+from cdm_plugin.data.pack_inputs import PackInputs
+from cdm_plugin.data.prompt_files import read_rows
+
+
+@DATASETS.register_module()
+class PromptDataset(BaseDataset):
+    """Text prompts from a file.
+
+    A raw sample holds `prompt` (str) and every other column of its row, for transforms to use.
+
+    Args:
+        ann_file (str): A `.txt` file (one prompt a line), a `.jsonl` file (one object a line) or a `.csv` file (with a
+            header), UTF-8, blank lines skipped; `asset:NAME` for one that comes with the package.
+        column (str): Column of the prompts in a jsonl or csv file. Default 'prompt'.
+        category_column (str, optional): Column of a row's category, or list of categories, for MMEngine's
+            `ClassBalancedDataset`. Default None.
+        data_root (str): Folder that a relative `ann_file` or prefix starts from. Default ''.
+        data_prefix (Mapping, optional): Folders by column, put before the paths in these columns. Default None.
+        pipeline (Sequence): Transforms. Default `PackInputs`, which keeps nothing but the prompt.
+        **kwargs: Other arguments of MMEngine's `BaseDataset`, such as `indices`.
+
+    Attributes:
+        categories (list[str]): All categories, sorted. `get_cat_ids` gives indices into it.
+
+    Raises:
+        FileNotFoundError: If `ann_file` does not exist.
+        ValueError: If the file cannot be read, a row is malformed, lacks a column or has an empty prompt, or there is
+            no prompt at all. The message names the line and what to change.
+    """
+
+    def __init__(self, ann_file: str, column: str = 'prompt', category_column: Optional[str] = None,
+                 data_root: str = '', data_prefix: Optional[Mapping[str, str]] = None,
+                 pipeline: Sequence[Union[dict, Callable]] = (PackInputs(),), **kwargs: Any) -> None:
+        self.column, self.category_column = column, category_column
+        self.categories: List[str] = []
+        super().__init__(ann_file=resolve(ann_file), data_root=resolve(data_root), data_prefix=dict(data_prefix or {}),
+                         pipeline=pipeline, **kwargs)
+
+    def load_data_list(self) -> List[Dict[str, Any]]:
+        """Reads and checks all rows."""
+        samples = [self._sample(line, row) for line, row in read_rows(self.ann_file, self.column)]
+        if not samples:
+            raise ValueError(f'`ann_file` {self.ann_file} holds no prompts')
+        if self.category_column is not None:
+            self.categories = sorted({name for sample in samples for name in self._names(sample)})
+        return samples
+
+    def get_cat_ids(self, idx: int) -> List[int]:
+        """Categories of one sample, as `ClassBalancedDataset` asks for them.
+
+        Args:
+            idx (int): Index of the sample.
+
+        Returns:
+            list[int]: Indices into `categories`.
+
+        Raises:
+            ValueError: If `category_column` is not set.
+        """
+        if self.category_column is None:
+            raise ValueError(f'`ann_file` {self.ann_file}: set `category_column` to balance categories')
+        return [self.categories.index(name) for name in self._names(self.get_data_info(idx))]
+
+    def _sample(self, line: int, row: Dict[str, Any]) -> Dict[str, Any]:
+        where = f'`ann_file` {self.ann_file}, line {line}'
+        prompt = _cell(row, 'column', self.column, where)
+        if not isinstance(prompt, str):
+            raise ValueError(f'{where}: {self.column!r} is a {type(prompt).__name__}, but a prompt is a text; set '
+                             '`column` to the column of the prompts')
+        if not prompt.strip():
+            raise ValueError(f'{where}: the prompt is empty; fill it in or delete the row')
+        if not _is_encodable(prompt):
+            raise ValueError(f'{where}: the prompt holds half of a surrogate pair (a cut emoji), which no tokenizer '
+                             'takes; mend it or delete the row')
+        self._check_category(row, where)
+        return self.parse_data_info({**row, 'prompt': prompt})
+
+    def _check_category(self, row: Dict[str, Any], where: str) -> None:
+        if self.category_column is None:
+            return
+        if _cell(row, 'category_column', self.category_column, where) in (None, ''):
+            raise ValueError(f'{where}: no category in {self.category_column!r}; fill it in, or leave '
+                             '`category_column` out')
+
+    def _names(self, sample: Dict[str, Any]) -> List[str]:
+        value = sample[self.category_column]
+        return [str(name) for name in (value if isinstance(value, list) else [value])]
+
+
+def _cell(row: Dict[str, Any], key: str, column: str, where: str) -> Any:
+    if column not in row:
+        raise ValueError(f'{where}: no column {column!r}, there are {list(row)}; set `{key}` to one of them')
+    return row[column]
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,172 @@
+"""`cdm demo`: distils the digits teacher into a 4-step student on this machine, and judges it."""
+import contextlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor
+from tqdm import tqdm
+
+from cdm_plugin.config import load_config
+from cdm_plugin.draws import stream
+from cdm_plugin.evaluation import DigitClassifier, class_accuracy, classifier_features, frechet_distance
+from cdm_plugin.images import labelled_grid, save_png
+from cdm_plugin.inference import export, sample_prompts, step_sigmas, student_weights
+from cdm_plugin.methods import Distillation
+
+RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_600.py'
+NUM_SAMPLES = 1000  # the Fréchet distance depends on the number of samples: compare equal numbers only
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        model (str): 'teacher' (guided) or 'student'.
+        steps (int): Sampling steps.
+        calls (int): Network calls an image, two a step with guidance.
+        fd (float): Fréchet distance to the guided teacher's 50-step samples in the classifier's features.
+        accuracy (float): Share of images that the classifier sees as what was asked for, in [0, 1].
+        ms_per_image (float): Milliseconds an image on this machine.
+    """
+    model: str
+    steps: int
+    calls: int
+    fd: float
+    accuracy: float
+    ms_per_image: float
+
+
+class Judge:
+    """Compares samplers on the same noise and labels with the guided teacher at 50 steps.
+
+    Args:
+        method (Distillation): Method with the teacher.
+        num_samples (int): Samples of every row. Default 1000.
+    """
+
+    def __init__(self, method: Distillation, num_samples: int = NUM_SAMPLES) -> None:
+        self.method, self.guidance = method, 1 + method.alpha
+        self.classifier = DigitClassifier.from_pretrained()
+        self.labels = [i % 10 for i in range(num_samples)]
+        self.noise = self._noise('demo')
+        # The reference has noise of its own, so that the teacher's own row shows the floor of the estimate.
+        reference = self.sample('teacher', 50, self._noise('reference'))
+        self.reference = classifier_features(reference, self.classifier)
+
+    def _noise(self, name: str) -> Tensor:
+        return torch.randn(self.method.latent_shape(len(self.labels)), generator=stream(name))
+
+    def sample(self, role: str, steps: int, noise: Optional[Tensor] = None) -> Tensor:
+        """Images of a role, (N, 1, 16, 16); the teacher is guided, the student is not."""
+        scale = self.guidance if role == 'teacher' else 1.0
+        return sample_prompts(self.method, self.labels, self.noise if noise is None else noise,
+                              sigmas=step_sigmas(steps), role=role, guidance_scale=scale)
+
+    def row(self, role: str, steps: int) -> Row:
+        """Samples and scores."""
+        start = time.perf_counter()
+        images = self.sample(role, steps)
+        elapsed = time.perf_counter() - start
+        calls = steps * (2 if role == 'teacher' else 1)
+        fd = frechet_distance(classifier_features(images, self.classifier), self.reference)
+        accuracy = class_accuracy(images, self.labels, self.classifier)
+        return Row(role, steps, calls, fd, accuracy, 1000 * elapsed / len(images))
+
+    def picture(self, columns: int = 20) -> Dict[str, Tensor]:
+        """Rows of the picture, all from the same noise."""
+        plan = [('teacher', 50), ('teacher', 4), ('student', 4), ('student', 2), ('student', 1)]
+        rows = {}
+        for role, steps in plan:
+            calls = steps * (2 if role == 'teacher' else 1)
+            images = sample_prompts(self.method, self.labels[:columns], self.noise[:columns], role=role,
+                                    sigmas=step_sigmas(steps), guidance_scale=self.guidance if role == 'teacher' else 1)
+            rows[f'{role}, {steps} step{"s"[:steps - 1]}, {calls} calls'] = images
+        return rows
+
+
+class ProgressBarHook(Hook):
+    """One tqdm line instead of log lines."""
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner: Any) -> None:
+        self.bar = tqdm(total=runner.max_iters, initial=runner.iter, desc='distilling', unit='it')
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.bar.update()
+
+    def after_train(self, runner: Any) -> None:
+        self.bar.close()
+
+
+def distil(cfg: Config) -> Distillation:
+    """Trains a recipe with MMEngine's runner, its log lines in `<work_dir>/log.txt`."""
+    work_dir = Path(cfg.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    bar = ProgressBarHook()
+    with open(work_dir / 'log.txt', 'a') as log, contextlib.redirect_stdout(log):
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(bar)
+        runner.train()
+    return runner.model.eval()
+
+
+def judge(method: Distillation, ema: bool = True) -> 'tuple[List[Row], Dict[str, Tensor]]':
+    """The demo's table and picture."""
+    plan = [('teacher', 50), ('teacher', 8), ('teacher', 4), ('teacher', 2), ('teacher', 1),
+            ('student', 8), ('student', 4), ('student', 2), ('student', 1)]
+    with student_weights(method, ema), tqdm(total=len(plan) + 1, desc='sampling', unit='row') as bar:
+        judge_ = Judge(method)
+        bar.update()
+        rows = []
+        for role, steps in plan:
+            rows.append(judge_.row(role, steps))
+            bar.update()
+        return rows, judge_.picture()
+
+
+def format_rows(rows: List[Row]) -> str:
+    """The table as aligned text."""
+    head = f'{"model":<9}{"steps":>6}{"calls":>7}{"Fréchet distance":>18}{"accuracy":>10}{"ms/image":>10}'
+    lines = [f'{r.model:<9}{r.steps:>6}{r.calls:>7}{r.fd:>18.2f}{r.accuracy:>10.3f}{r.ms_per_image:>10.2f}'
+             for r in rows]
+    return '\n'.join([head, *lines])
+
+
+def run(work_dir: str, recipe: str = RECIPE, options: Optional[Dict[str, Any]] = None) -> Path:
+    """Distils, judges, and leaves everything in the work directory.
+
+    Args:
+        work_dir (str): Where to.
+        recipe (str): Config. Default: CDM on the digits.
+        options (dict, optional): Dotted config key -> value.
+
+    Returns:
+        Path: results.json.
+    """
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', min(2, os.cpu_count() or 1))))
+    start = time.perf_counter()
+    cfg = load_config(recipe, options)
+    cfg.work_dir = work_dir
+    method = distil(cfg)
+    trained = time.perf_counter() - start
+    student = export(method, Path(work_dir, 'student'))
+    rows, picture = judge(method)
+    results = Path(work_dir, 'results.json')
+    results.write_text(json.dumps(dict(rows=[asdict(r) for r in rows], train_seconds=round(trained, 1)), indent=2))
+    grid = save_png(labelled_grid(picture), Path(work_dir, 'samples.png'))
+    print(f'\nGuidance scale of the teacher {1 + method.alpha:g}, {NUM_SAMPLES} samples a row, EMA student.\n'
+          f'{format_rows(rows)}\n\n'
+          f'picture             {grid}\nresults             {results}\nexported student    {student}\n'
+          f'TensorBoard         tensorboard --logdir {work_dir}\n'
+          f'sample from it      cdm sample {student} --prompts 0 1 2 3 --out images\n'
+          f'{trained:.0f} s of training, {time.perf_counter() - start:.0f} s in all.')
+    return results

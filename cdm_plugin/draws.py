@@ -1,0 +1,150 @@
+"""Every random number of one iteration.
+
+Draws are a pure function of (seed, rank, iteration), and what must agree across ranks (the time grid, the number of
+network calls) of (seed, iteration) alone. So a resumed run repeats the uninterrupted one to the bit, a sharded run
+cannot hang on unequal rollouts, and a test can inject its own draws.
+
+Each quantity has a stream of its own, keyed by its name: adding a loss to a recipe changes no other draw.
+"""
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Mapping, Tuple
+
+import torch
+from torch import Generator, Tensor
+
+
+def stream(*key: Any) -> Generator:
+    """A CPU generator whose sequence is a pure function of the key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
+
+
+def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _move(v, device, dtype) for k, v in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+
+
+class _Movable:
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32):
+        """A copy on a device; floating-point tensors get the dtype."""
+        return dataclasses.replace(self, **{
+            f.name: _move(getattr(self, f.name), device, dtype) for f in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True)
+class DrawContext:
+    """What a loss may draw from.
+
+    Attributes:
+        generator (Generator): The loss's own CPU stream.
+        anchor_sigma (Tensor): Noise levels of the anchors, shifted, (B,) float64.
+        draw_grid (Callable): Draws another shifted time grid from a generator, (N,).
+        shape (tuple): Shape of the latents, (B, ...).
+    """
+    generator: Generator
+    anchor_sigma: Tensor
+    draw_grid: Callable[[Generator], Tensor]
+    shape: Tuple[int, ...]
+
+    def sigma(self, sampler: Callable) -> Tensor:
+        """One noise level a sample from a sigma sampler, (B,)."""
+        return sampler(self.generator, self.anchor_sigma, self.draw_grid)
+
+    def noise(self) -> Tensor:
+        """Standard normal noise of the latents' shape."""
+        return torch.randn(self.shape, generator=self.generator)
+
+
+@dataclass(frozen=True)
+class Draws(_Movable):
+    """The random numbers of one distillation iteration of one rank.
+
+    Attributes:
+        sigmas (Tensor): The time grid after the scheduler's shift, descending from 1, (N,). Equal on every rank.
+        anchor (Tensor): Each sample's anchor index in 0..N-1, (B,) int64.
+        rollout_steps (int): Largest anchor index over all ranks: network calls of the rollout, equal on every rank.
+        noise (Tensor): Where the rollout starts, (B, ...).
+        fake_sigma (Tensor): Noise levels of the fake-score step, (B,).
+        fake_noise (Tensor): Noise of the fake-score step, (B, ...).
+        losses (dict): For each loss by name, the tensors that its `draw` returned. Empty without a student step.
+    """
+    sigmas: Tensor
+    anchor: Tensor
+    rollout_steps: int
+    noise: Tensor
+    fake_sigma: Tensor
+    fake_noise: Tensor
+    losses: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def anchor_sigma(self) -> Tensor:
+        """Noise level of each sample's anchor, (B,)."""
+        return self.sigmas[self.anchor]
+
+    @classmethod
+    def sample(cls, *, seed: int, rank: int, iteration: int, shape: Tuple[int, ...], time_grid, fake_sigma: Callable,
+               losses: Mapping[str, Any], shift: Callable[[Tensor], Tensor], world_size: int = 1) -> 'Draws':
+        """Draws one iteration.
+
+        Args:
+            seed (int): The run's seed.
+            rank (int): This process's rank.
+            iteration (int): The runner's iteration, from 0.
+            shape (tuple): Shape of the latents, (B, ...); B is equal on every rank.
+            time_grid: Has `sample(generator) -> (N,)`, levels before the scheduler's shift.
+            fake_sigma (Callable): Sigma sampler of the fake-score step.
+            losses (Mapping): The losses to draw for, by name; each has `draw(DrawContext) -> dict`.
+            shift (Callable): The scheduler's shift, (N,) -> (N,).
+            world_size (int): Number of ranks. Default 1.
+
+        Returns:
+            Draws: On the CPU; sigmas in float64, noise in float32.
+        """
+        batch = shape[0]
+
+        def draw_grid(generator: Generator) -> Tensor:
+            return shift(time_grid.sample(generator))
+
+        def anchors_of(r: int) -> Tensor:
+            return torch.randint(len(sigmas), (batch,), generator=stream(seed, r, iteration, 'anchor'))
+
+        def context(name: str) -> DrawContext:
+            return DrawContext(stream(seed, rank, iteration, name), sigmas[anchor], draw_grid, shape)
+
+        sigmas = draw_grid(stream(seed, iteration, 'time_grid'))
+        anchor = anchors_of(rank)
+        rollout_steps = max(int(anchors_of(r).max()) for r in range(world_size))
+        fake = context('fake')
+        return cls(
+            sigmas=sigmas, anchor=anchor, rollout_steps=rollout_steps, noise=context('noise').noise(),
+            fake_sigma=fake.sigma(fake_sigma), fake_noise=fake.noise(),
+            losses={name: loss.draw(context(f'loss:{name}')) for name, loss in losses.items()})
+
+
+@dataclass(frozen=True)
+class FlowMatchingDraws(_Movable):
+    """The random numbers of one flow-matching iteration of one rank.
+
+    Attributes:
+        sigma (Tensor): Noise levels, (B,).
+        noise (Tensor): (B, ...).
+        drop (Tensor): Which samples see the null condition, for classifier-free guidance, (B,) bool.
+    """
+    sigma: Tensor
+    noise: Tensor
+    drop: Tensor
+
+    @classmethod
+    def sample(cls, *, seed: int, rank: int, iteration: int, shape: Tuple[int, ...], sigma: Callable,
+               drop_rate: float, shift: Callable[[Tensor], Tensor]) -> 'FlowMatchingDraws':
+        """Draws one iteration; arguments as in `Draws.sample`, `sigma` is a sigma sampler, `drop_rate` in [0, 1]."""
+        generator = stream(seed, rank, iteration, 'flow_matching')
+        context = DrawContext(generator, torch.ones(shape[0], dtype=torch.float64), lambda g: torch.ones(1), shape)
+        return cls(sigma=shift(context.sigma(sigma)), noise=context.noise(),
+                   drop=torch.rand(shape[0], generator=generator) < drop_rate)

@@ -1,0 +1,4 @@
+from cdm_plugin.engine.ema import StudentEMA
+from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, DistillationOptimWrapperConstructor
+
+__all__ = ['AutocastOptimWrapper', 'DistillationOptimWrapperConstructor', 'StudentEMA']

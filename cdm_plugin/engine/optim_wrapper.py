@@ -1,0 +1,104 @@
+"""Optimizers keyed by role."""
+import contextlib
+from typing import Any, Dict, Iterator, Optional
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.runner.amp import autocast
+from torch import nn
+
+
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(OptimWrapper):
+    """bfloat16 autocast around float32 weights, on any device.
+
+    MMEngine's AmpOptimWrapper runs on accelerators only and scales the loss, which bfloat16 (with float32's range)
+    does not need.
+
+    Args:
+        dtype (str): Autocast's dtype. Default 'bfloat16'.
+        **kwargs: See OptimWrapper.
+    """
+
+    def __init__(self, dtype: str = 'bfloat16', **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if dtype != 'bfloat16':
+            raise ValueError(f"optim_wrapper.*.dtype must be 'bfloat16' for AutocastOptimWrapper, but is {dtype!r}")
+        self.dtype = torch.bfloat16
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Context of the role's forward pass."""
+        with super().optim_context(model), autocast(dtype=self.dtype):
+            yield
+
+
+class RoleOptimWrapperDict(OptimWrapperDict):
+    """OptimWrapperDict whose accumulation counters survive a resume: the student's counts its own steps only."""
+
+    def initialize_count_status(self, model: nn.Module, cur_iter: int, max_iters: int) -> None:
+        """Starts every role's counter at the number of steps that it has made by `cur_iter`."""
+        model = model.module if is_model_wrapper(model) else model
+        for role, wrapper in self.items():
+            every = getattr(model, 'student_every', 1) if role == 'student' else 1
+            wrapper.initialize_count_status(getattr(model, role), cur_iter // every, max_iters // every)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DistillationOptimWrapperConstructor:
+    """Builds one optimizer wrapper a trained role, from a config keyed by role.
+
+    Example::
+
+        optim_wrapper = dict(
+            constructor='DistillationOptimWrapperConstructor',
+            student=dict(type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='AdamW', lr=1e-5)),
+            fake=dict(type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='AdamW', lr=5e-6)))
+
+    AmpOptimWrapper with bfloat16 becomes AutocastOptimWrapper, so that one config runs on CPU and GPU.
+
+    Args:
+        optim_wrapper_cfg (dict): Role -> config of its wrapper (any keys of MMEngine's, `paramwise_cfg` included).
+        paramwise_cfg (dict, optional): Not supported here; set it under a role.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None) -> None:
+        if paramwise_cfg is not None:
+            raise ValueError('optim_wrapper.paramwise_cfg must stand under a role: optim_wrapper.student.paramwise_cfg')
+        self.configs = {k: v for k, v in optim_wrapper_cfg.items() if k not in ('type', 'constructor')}
+
+    def __call__(self, model: nn.Module) -> RoleOptimWrapperDict:
+        """Builds the wrappers.
+
+        Args:
+            model (nn.Module): A method, or a data-parallel wrapper of one.
+
+        Raises:
+            ValueError: If a trained role has no config, or a config has no role.
+        """
+        model = model.module if is_model_wrapper(model) else model
+        roles = model.trained_roles
+        # Swapping model.type between distillation and teacher training needs no other optim_wrapper.
+        for role in [r for r in self.configs if r not in roles]:
+            if role not in ('student', 'fake'):
+                raise ValueError(f'optim_wrapper.{role} is no role: {type(model).__name__} trains {list(roles)}')
+            print_log(f'optim_wrapper.{role} does not apply to {type(model).__name__}: left aside', 'current')
+        missing = [role for role in roles if role not in self.configs]
+        if missing:
+            raise ValueError(f'optim_wrapper.{missing[0]} is missing: {type(model).__name__} trains {list(roles)}, '
+                             f'but optim_wrapper has {list(self.configs)}')
+        return RoleOptimWrapperDict(**{role: self._build(role, getattr(model, role)) for role in roles})
+
+    def _build(self, role: str, network: nn.Module) -> OptimWrapper:
+        cfg = dict(self.configs[role])
+        cfg.setdefault('type', 'OptimWrapper')
+        if cfg['type'] == 'AmpOptimWrapper' and cfg.get('dtype') == 'bfloat16':
+            cfg.pop('loss_scale', None)
+            cfg['type'] = 'AutocastOptimWrapper'
+        wrapper = build_optim_wrapper(network, cfg)
+        if wrapper.clip_grad_kwargs:
+            wrapper.grad_name = f'{wrapper.grad_name}_{role}'
+        return wrapper

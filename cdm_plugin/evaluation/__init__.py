@@ -1,0 +1,7 @@
+"""MMEngine metrics; importing this package registers them."""
+from .digit_classifier import DigitClassifier, pixels_to_images
+from .digit_metric import DigitMetric, class_accuracy, classifier_features
+from .frechet import frechet_distance
+
+__all__ = ['DigitClassifier', 'DigitMetric', 'class_accuracy', 'classifier_features', 'frechet_distance',
+           'pixels_to_images']

@@ -1,0 +1,59 @@
+"""Pictures for people: tensors to pixels, contact sheets, PNG files."""
+from pathlib import Path
+from typing import Dict, Sequence, Union
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 2
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Images in [-1, 1], (B, 3 or 1, H, W), as uint8 RGB (B, H, W, 3)."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f'images have {images.shape[1]} channels, expected 1 or 3')
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48) -> np.ndarray:
+    """A contact sheet: one row a name, with the name at its left.
+
+    Args:
+        rows (dict): Name -> images in [-1, 1], (N, 3 or 1, H, W); all of one size.
+        min_side (int): Smaller images are enlarged by a whole factor to at least this side. Default 48.
+
+    Returns:
+        ndarray: uint8 RGB, (height, width, 3).
+    """
+    pixels = {name: to_pixels(images) for name, images in rows.items()}
+    height, width = next(iter(pixels.values())).shape[1:3]
+    factor = -(-min_side // min(height, width)) if min(height, width) < min_side else 1
+    height, width = height * factor, width * factor
+    font = ImageFont.load_default(size=max(12, min(24, height // 4)))
+    margin = 2 * GAP + max(int(font.getlength(name)) for name in rows)
+    columns = max(len(p) for p in pixels.values())
+    sheet = Image.new('RGB', (margin + columns * (width + GAP), len(rows) * (height + GAP)), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, row) in enumerate(pixels.items()):
+        top = i * (height + GAP)
+        draw.text((GAP, top + height // 2), name, fill='black', font=font, anchor='lm')
+        for j, image in enumerate(row):
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + j * (width + GAP), top))
+    return np.asarray(sheet)
+
+
+def save_png(pixels: np.ndarray, path: Union[str, Path]) -> Path:
+    """Writes uint8 RGB pixels, (H, W, 3), and returns the path; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def save_pngs(images: Tensor, folder: Union[str, Path], names: Sequence[str]) -> None:
+    """Writes one PNG an image, named `<name>.png`."""
+    for name, image in zip(names, to_pixels(images)):
+        save_png(image, Path(folder, f'{name}.png'))

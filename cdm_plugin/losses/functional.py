@@ -1,0 +1,85 @@
+"""The losses as pure functions of clean-latent estimates. float32 (or float64) throughout.
+
+All three distribution-matching terms become a loss in the same way (arXiv 2605.06376, section 3; DMD2's normaliser):
+an update direction delta is scaled by w = 1 / max(mean|reference - x0|, min_norm), per sample, and the student is
+regressed onto the constant target x0 + w delta. The gradient with respect to x0 is -2 w delta / numel.
+"""
+import torch
+from torch import Tensor
+
+from cdm_plugin.flow import full_precision
+
+
+def _per_sample_mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1)
+
+
+def reference_norm(x0_student: Tensor, x0_reference: Tensor) -> Tensor:
+    """mean|reference - x0| of each sample, before the clamp at min_norm, (B,)."""
+    return _per_sample_mean((full_precision(x0_reference) - full_precision(x0_student)).abs()).detach()
+
+
+def direction_loss(x0_student: Tensor, delta: Tensor, x0_reference: Tensor, min_norm: float = 0.1) -> Tensor:
+    """Squared distance of the student's x0 to the constant target x0 + w delta.
+
+    Args:
+        x0_student (Tensor): The student's clean latents, with gradient, (B, ...).
+        delta (Tensor): Update direction, no gradient flows through it, (B, ...).
+        x0_reference (Tensor): The teacher's clean latents for the normaliser, (B, ...).
+        min_norm (float): Lower clamp of the normaliser, above 0. Default 0.1.
+
+    Returns:
+        Tensor: Loss of each sample, (B,).
+    """
+    x0 = full_precision(x0_student)
+    norm = reference_norm(x0, x0_reference).clamp(min=min_norm)
+    scaled = full_precision(delta).detach() / norm.reshape(-1, *[1] * (x0.ndim - 1))
+    target = x0.detach() + scaled.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return _per_sample_mean((x0 - target).square())
+
+
+def ca_loss(x0_student: Tensor, x0_cond: Tensor, x0_null: Tensor, alpha: float, min_norm: float = 0.1) -> Tensor:
+    """Classifier-free-guidance augmentation: delta = alpha (D_teacher(z, c) - D_teacher(z, null)).
+
+    Args:
+        x0_student (Tensor): The student's clean latents, with gradient, (B, ...).
+        x0_cond (Tensor): The teacher's clean latents with the condition, (B, ...).
+        x0_null (Tensor): The teacher's clean latents with the null condition, (B, ...).
+        alpha (float): Strength; a guidance scale s corresponds to alpha = s - 1.
+        min_norm (float): Lower clamp of the normaliser. Default 0.1.
+
+    Returns:
+        Tensor: Loss of each sample, (B,).
+    """
+    delta = alpha * (full_precision(x0_cond) - full_precision(x0_null))
+    return direction_loss(x0_student, delta, x0_cond, min_norm)
+
+
+def dm_loss(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor, min_norm: float = 0.1) -> Tensor:
+    """Distribution matching: delta = D_teacher(z, c) - D_fake(z, c).
+
+    Args:
+        x0_student (Tensor): The student's clean latents, with gradient, (B, ...).
+        x0_teacher (Tensor): The teacher's clean latents, (B, ...).
+        x0_fake (Tensor): The fake score's clean latents, (B, ...).
+        min_norm (float): Lower clamp of the normaliser. Default 0.1.
+
+    Returns:
+        Tensor: Loss of each sample, (B,).
+    """
+    return direction_loss(x0_student, full_precision(x0_teacher) - full_precision(x0_fake), x0_teacher, min_norm)
+
+
+def flow_matching_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """mean |v - (noise - x0)|^2 of each sample (Lipman et al. 2023, eq. 14, on the straight path).
+
+    Args:
+        velocity (Tensor): The network's velocity, with gradient, (B, ...).
+        x0 (Tensor): Clean latents, (B, ...).
+        noise (Tensor): The noise that was mixed in, (B, ...).
+
+    Returns:
+        Tensor: Loss of each sample, (B,).
+    """
+    target = full_precision(noise) - full_precision(x0)
+    return _per_sample_mean((full_precision(velocity) - target).square())

@@ -1,0 +1,85 @@
+"""The networks behind the roles: student, fake score and teacher.
+
+Each role has weights of its own, all three from the pretrained model; the teacher is frozen.
+"""
+import contextlib
+from typing import Iterator, Optional
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import Tensor, nn
+
+
+class AnchorEmbedding(nn.Module):
+    """Tells the fake score at which anchor the student's x0 was predicted.
+
+    One fake score otherwise models the mixture over all anchors, and distribution matching holds on average only.
+    The embedding of the anchor's noise level is added to the network's time embedding; its last layer starts at zero,
+    so that the fake score starts as the teacher.
+
+    Args:
+        width (int): Width of the network's time embedding.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.projection = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.embedding = TimestepEmbedding(256, width)
+        nn.init.zeros_(self.embedding.linear_2.weight)
+        nn.init.zeros_(self.embedding.linear_2.bias)
+        self.sigma: Optional[Tensor] = None
+
+    def forward(self, time_embedding: Tensor) -> Tensor:
+        """Adds the embedding of the current anchors to the time embedding, (B, width)."""
+        if self.sigma is None:
+            raise RuntimeError('an anchor-aware fake score was called without anchor_sigma')
+        sinusoid = self.projection(1000 * self.sigma).to(self.embedding.linear_1.weight.dtype)
+        return time_embedding + self.embedding(sinusoid).to(time_embedding.dtype)
+
+    @contextlib.contextmanager
+    def at(self, sigma: Optional[Tensor]) -> Iterator[None]:
+        """Sets the anchors' noise levels, (B,), for the calls inside."""
+        self.sigma = sigma
+        try:
+            yield
+        finally:
+            self.sigma = None
+
+
+def make_anchor_aware(network: nn.Module, time_embedder: str, width: int) -> None:
+    """Adds an `AnchorEmbedding` to a network, as its submodule `anchor_embedding`.
+
+    Args:
+        network (nn.Module): The fake score's network.
+        time_embedder (str): Name of the submodule whose output is the time embedding.
+        width (int): Width of the time embedding.
+    """
+    parameter = next(network.parameters())
+    network.anchor_embedding = AnchorEmbedding(width).to(parameter.device, parameter.dtype)
+    network.get_submodule(time_embedder).register_forward_hook(
+        lambda module, args, output: network.anchor_embedding(output))
+
+
+def anchored(network: nn.Module, anchor_sigma: Optional[Tensor]) -> contextlib.AbstractContextManager:
+    """Context in which an anchor-aware network knows its anchors' noise levels; does nothing for other networks."""
+    embedding = getattr(unwrap(network), 'anchor_embedding', None)
+    return contextlib.nullcontext() if embedding is None else embedding.at(anchor_sigma)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network itself, without a data-parallel wrapper."""
+    return network.module if hasattr(network, 'module') else network
+
+
+@torch.no_grad()
+def merge_weights(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """target = (1 - rate) target + rate source, for the parameters that both have.
+
+    Args:
+        target (nn.Module): The fake score's network.
+        source (nn.Module): The student's network.
+        rate (float): In [0, 1].
+    """
+    source_weights = dict(unwrap(source).named_parameters())
+    pairs = [(p, source_weights[name]) for name, p in unwrap(target).named_parameters() if name in source_weights]
+    torch._foreach_lerp_([p for p, _ in pairs], [q.to(p.dtype) for p, q in pairs], rate)

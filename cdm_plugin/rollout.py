@@ -1,0 +1,57 @@
+"""Backward simulation: from noise down the time grid to each sample's anchor, with the student, without gradient."""
+from dataclasses import dataclass
+from typing import Callable, Tuple
+
+import torch
+from torch import Tensor
+
+from cdm_plugin.flow import extrapolate
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the student says at one point of a trajectory, on it (the anchor) or off it.
+
+    Attributes:
+        x (Tensor): Noisy latents, (B, ...), float32.
+        sigma (Tensor): Their noise levels, (B,).
+        velocity (Tensor): The student's velocity there, (B, ...).
+        x0 (Tensor): The clean latents that it implies, (B, ...), float32.
+    """
+    x: Tensor
+    sigma: Tensor
+    velocity: Tensor
+    x0: Tensor
+
+    def detach(self) -> 'Prediction':
+        """The same values without their graph."""
+        return Prediction(self.x.detach(), self.sigma, self.velocity.detach(), self.x0.detach())
+
+
+@torch.no_grad()
+def rollout(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], draws) -> Tuple[Tensor, Tensor]:
+    """Euler steps from noise to the anchors.
+
+    A sample leaves the batch as soon as it has reached its anchor: what comes after is never used. The number of
+    network calls is `draws.rollout_steps` on every rank, whatever the rank's own anchors are (a sharded network would
+    hang otherwise); a rank whose samples have all arrived keeps one of them in the batch and ignores the answer.
+
+    Args:
+        velocity (Callable): (x (K, ...), sigma (K,), index (K,)) -> velocity (K, ...); index says which samples of
+            the batch these are.
+        draws (Draws): The iteration's random numbers.
+
+    Returns:
+        tuple: x_n (B, ...) and sigma_n (B,), float32 (float64 if the noise is).
+    """
+    x = draws.noise.clone()
+    # The split is planned from host numbers: one synchronisation an iteration rather than one a step.
+    anchors = draws.anchor.tolist()
+    for step in range(draws.rollout_steps):
+        moving = [i for i, anchor in enumerate(anchors) if anchor > step]
+        index = torch.tensor(moving or [0], device=x.device)
+        sigma, next_sigma = (s.expand(len(index)) for s in draws.sigmas[step:step + 2])
+        answer = velocity(x[index], sigma, index)
+        if moving:
+            x[index] = extrapolate(x[index], answer, sigma, next_sigma)
+    return x, draws.anchor_sigma

@@ -1,0 +1,4 @@
+from cdm_plugin.hooks.cdm_hook import CDMHook
+from cdm_plugin.hooks.sample_grid_hook import SampleGridHook
+
+__all__ = ['CDMHook', 'SampleGridHook']

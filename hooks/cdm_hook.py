@@ -1,0 +1,153 @@
+import contextlib
+import warnings
+from typing import Any, Dict, List, Optional
+
+import torch
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import Tensor
+
+from cdm_plugin.engine import StudentEMA
+from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
+
+
+def method_of(runner: Any) -> DiffusionModel:
+    """The method that a runner trains, without a data-parallel wrapper."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not isinstance(model, DiffusionModel):
+        raise TypeError(f'CDMHook works with the methods of cdm_plugin (model.type CDM, DecoupledDMD, DMD2, '
+                        f'FlowMatching), but model.type is {type(model).__name__}')
+    return model
+
+
+@HOOKS.register_module()
+class CDMHook(Hook):
+    """What every run of a method needs from the runner: the iteration and the seed, the student's moving average, a
+    first look at the data, and checkpoints of plain tensors.
+
+    The average (`method.student_ema`) replaces the student's weights in validation and test, and is in every
+    checkpoint under `student_ema`.
+
+    Args:
+        ema_decay (float, optional): Upper limit of the EMA's decay; None turns the EMA off. Default 0.999.
+        histogram_interval (int): Iterations between two histograms of the anchors' noise levels in TensorBoard.
+            Default 100.
+    """
+    priority = 'NORMAL'
+
+    def __init__(self, ema_decay: Optional[float] = 0.999, histogram_interval: int = 100) -> None:
+        if histogram_interval < 1:
+            raise ValueError(f'CDMHook.histogram_interval must be 1 or more, but is {histogram_interval}')
+        self.ema_decay, self.histogram_interval = ema_decay, histogram_interval
+        self.anchor_sigmas: List[Tensor] = []
+        self._swapped: Optional[contextlib.ExitStack] = None
+
+    def before_run(self, runner: Any) -> None:
+        """Hands over the seed and starts the EMA."""
+        method = method_of(runner)
+        method.seed = runner.seed
+        if self.ema_decay is not None:
+            method.student_ema = StudentEMA(method.student, self.ema_decay)
+
+    def before_train(self, runner: Any) -> None:
+        """Checks the first sample before the first iteration; without a resume, the EMA starts from the weights that
+        `load_from` may have brought."""
+        method = method_of(runner)
+        # The student's schedule counts iterations, as MMEngine steps it, so it starts before the student's optimizer.
+        warnings.filterwarnings('ignore', message='Detected call of `scheduler.step')
+        if method.student_ema is not None and not runner._resume:
+            method.student_ema.reset()
+        self._check_data(runner, method)
+        self._check_accumulation(runner, method)
+
+    @staticmethod
+    def _check_data(runner: Any, method: DiffusionModel) -> None:
+        dataset = runner.train_dataloader.dataset
+        if len(dataset) == 0:
+            raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
+        data = method.data_preprocessor([dataset[0]], True)
+        with torch.no_grad():
+            method.backbone.condition(data)
+
+    @staticmethod
+    def _check_accumulation(runner: Any, method: DiffusionModel) -> None:
+        """Gradients that wait for their update are in no checkpoint."""
+        cycle = max(w._accumulative_counts * (getattr(method, 'student_every', 1) if role == 'student' else 1)
+                    for role, w in runner.optim_wrapper.items())
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and hook.interval > 0 and not hook.by_epoch and hook.interval % cycle:
+                print_log(f'default_hooks.checkpoint.interval={hook.interval} is no multiple of {cycle} (student_every '
+                          'x accumulative_counts): a run resumed from such a checkpoint loses the gradients '
+                          'accumulated until then and differs from an uninterrupted one', 'current', level=30)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Tells the method the iteration."""
+        method_of(runner).iteration = runner.iter
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Updates the EMA after a student step and collects the anchors' noise levels."""
+        method = method_of(runner)
+        if method.student_updated and method.student_ema is not None:
+            method.student_ema.update()
+        if method.anchor_sigma is not None:
+            self.anchor_sigmas.append(method.anchor_sigma)
+        if self.anchor_sigmas and self.every_n_train_iters(runner, self.histogram_interval):
+            self._add_histogram(runner, torch.cat(self.anchor_sigmas).float().cpu())
+            self.anchor_sigmas.clear()
+
+    @staticmethod
+    def _add_histogram(runner: Any, sigmas: Tensor) -> None:
+        for backend in runner.visualizer._vis_backends.values():
+            if hasattr(backend.experiment, 'add_histogram'):
+                backend.experiment.add_histogram('train/anchor_sigma_histogram', sigmas, runner.iter + 1)
+
+    # EMA in validation and test
+
+    def _swap_in(self, runner: Any) -> None:
+        method = method_of(runner)
+        method.validation_batches = 0
+        if method.student_ema is not None:
+            self._swapped = contextlib.ExitStack()
+            self._swapped.enter_context(method.student_ema.applied())
+
+    def _swap_out(self) -> None:
+        if self._swapped is not None:
+            self._swapped.close()
+            self._swapped = None
+
+    def before_val_epoch(self, runner: Any) -> None:
+        self._swap_in(runner)
+
+    def after_val_epoch(self, runner: Any, metrics: Any = None) -> None:
+        self._swap_out()
+
+    def before_test_epoch(self, runner: Any) -> None:
+        self._swap_in(runner)
+
+    def after_test_epoch(self, runner: Any, metrics: Any = None) -> None:
+        self._swap_out()
+
+    # Checkpoints
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+        """Adds the EMA, and turns MMEngine's objects into tensors and plain data (torch's weights_only)."""
+        method = method_of(runner)
+        if method.student_ema is not None:
+            checkpoint['student_ema'] = method.student_ema.state_dict()
+        checkpoint['message_hub'] = pack_message_hub(checkpoint['message_hub'])
+        for key in ('meta', 'optimizer', 'param_schedulers'):
+            if key in checkpoint:
+                checkpoint[key] = plain(checkpoint[key])
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+        """Takes the EMA back; the inverse of `before_save_checkpoint`."""
+        method = method_of(runner)
+        if method.student_ema is not None and 'student_ema' in checkpoint:
+            method.student_ema.load_state_dict(checkpoint['student_ema'])
+        elif method.student_ema is not None and runner._resume:
+            print_log('the checkpoint has no student_ema: the EMA starts again from the student', 'current', level=30)
+        if 'message_hub' in checkpoint:
+            checkpoint['message_hub'] = unpack_message_hub(checkpoint['message_hub'], runner.work_dir)

@@ -1,0 +1,85 @@
+from typing import Any, Dict, List, Optional
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import Tensor
+
+from cdm_plugin.condition import Condition
+from cdm_plugin.draws import stream
+from cdm_plugin.hooks.cdm_hook import method_of
+from cdm_plugin.images import labelled_grid
+from cdm_plugin.methods import DiffusionModel
+
+
+@HOOKS.register_module()
+class SampleGridHook(Hook):
+    """Draws what every role makes of the same noise: student, its EMA, teacher and fake score, one row each.
+
+    A run that collapses shows it here first; the losses may look healthy.
+
+    Args:
+        interval (int): Iterations between two grids; there is one before the first iteration too. Default 200.
+        num_images (int): Images a row. Default 8.
+        prompts (list, optional): Texts or class labels, `num_images` of them. Default: of the dataset's first samples.
+        guidance_scale (float, optional): Of the teacher. Default: 1 + model.alpha.
+        teacher_steps (int): Steps of the teacher and the fake score. Default 28.
+        seed (int): Of the noise. Default 0.
+    """
+    priority = 'LOW'
+
+    def __init__(self, interval: int = 200, num_images: int = 8, prompts: Optional[List] = None,
+                 guidance_scale: Optional[float] = None, teacher_steps: int = 28, seed: int = 0) -> None:
+        if interval < 1 or num_images < 1 or teacher_steps < 1:
+            raise ValueError('SampleGridHook needs interval, num_images and teacher_steps of 1 or more, but has '
+                             f'{interval}, {num_images} and {teacher_steps}')
+        self.interval, self.num_images, self.prompts = interval, num_images, prompts
+        self.guidance_scale, self.teacher_steps, self.seed = guidance_scale, teacher_steps, seed
+        self._condition: Optional[Condition] = None
+        self._teacher_row: Optional[Tensor] = None
+
+    def before_train(self, runner: Any) -> None:
+        """The grid before the first iteration."""
+        self._draw(runner, runner.iter)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """A grid every `interval` iterations."""
+        if self.every_n_train_iters(runner, self.interval):
+            self._draw(runner, runner.iter + 1)
+
+    def _draw(self, runner: Any, step: int) -> None:
+        rows = self.rows(runner)
+        if is_main_process():
+            runner.visualizer.add_image('samples', labelled_grid(rows), step=step)
+
+    @torch.no_grad()
+    def rows(self, runner: Any) -> Dict[str, Tensor]:
+        """The grid's rows: name -> images in [-1, 1], (N, C, H, W)."""
+        method = method_of(runner)
+        condition = self._get_condition(runner, method)
+        noise = torch.randn(method.latent_shape(len(condition)), generator=stream(self.seed, 'sample_grid'))
+        few, many = method.sample_sigmas, torch.linspace(1, 1 / self.teacher_steps, self.teacher_steps)
+        rows = {f'student, {len(few)} steps': method.sample(condition, noise, few)}
+        if method.student_ema is not None:
+            with method.student_ema.applied():
+                rows[f'EMA, {len(few)} steps'] = method.sample(condition, noise, few)
+        if hasattr(method, 'teacher'):
+            if self._teacher_row is None:  # the teacher is frozen
+                guidance = 1 + method.alpha if self.guidance_scale is None else self.guidance_scale
+                self._teacher_row = method.sample(condition, noise, many, 'teacher', guidance)
+            rows[f'teacher, {self.teacher_steps} steps'] = self._teacher_row
+            last_anchor = float(method.shift(few)[-1])
+            rows[f'fake score, {self.teacher_steps} steps'] = method.sample(
+                condition, noise, many, 'fake', anchor_sigma=last_anchor)
+        return rows
+
+    def _get_condition(self, runner: Any, method: DiffusionModel) -> Condition:
+        if self._condition is None:
+            if self.prompts is not None:
+                samples = [dict(prompt=p) for p in self.prompts[:self.num_images]]
+            else:
+                dataset = runner.train_dataloader.dataset
+                samples = [dataset[i] for i in range(min(self.num_images, len(dataset)))]
+            self._condition = method.backbone.condition(method.data_preprocessor(samples, False)).to(method.device)
+        return self._condition

@@ -1,0 +1,56 @@
+"""Metadata, extras and entry points of cdm_plugin.
+
+`hooks/` and `configs/` stay at the top of the repository, where people look for them, and are installed inside
+the package: hooks as `cdm_plugin.hooks`, configs as package data below `cdm_plugin/.mim/configs` (where MMEngine
+looks for `cdm_plugin::...` recipes).
+"""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'cdm_plugin/version.py').read_text()).group(1)
+
+CORE = [
+    'torch>=2.6', 'mmengine>=0.10.7', 'diffusers>=0.36', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',
+    'pluggy>=1.5', 'tensorboard>=2.16', 'safetensors>=0.4', 'numpy>=1.26', 'pillow>=10', 'tqdm>=4.60',
+]
+EXTRAS = {
+    'scale': ['deepspeed>=0.18', 'xformers>=0.0.33'],
+    'test': ['pytest>=8', 'setuptools>=77', 'wheel'],
+}
+
+# The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.
+PARTS = ['time_grids', 'sigma_samplers', 'losses', 'conditioners', 'codecs', 'backbones', 'methods', 'data', 'engine',
+         'evaluation', 'hooks']
+
+setup(
+    name='cdm_plugin',
+    version=VERSION,
+    description='Continuous-time distribution matching (CDM) for few-step image generators, as an MMEngine plug-in',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    python_requires='>=3.10',
+    packages=find_packages(include=['cdm_plugin', 'cdm_plugin.*']) + ['cdm_plugin.hooks'],
+    package_dir={'cdm_plugin': 'cdm_plugin', 'cdm_plugin.hooks': 'hooks'},
+    package_data={
+        'cdm_plugin': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*.py'],
+        'cdm_plugin.assets': ['**/*.npz', '**/*.safetensors', '**/*.json', '**/*.md'],
+    },
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={
+        'console_scripts': ['cdm = cdm_plugin.cli:main'],
+        'cdm_plugin': [f'{part} = cdm_plugin.{part}' for part in PARTS],
+    },
+    classifiers=[
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)

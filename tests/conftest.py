@@ -1,0 +1,28 @@
+import copy
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'gpu: needs a CUDA device')
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if 'gpu' in item.keywords:
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture
+def labels():
+    """A batch of class labels."""
+    return dict(prompt=torch.tensor([0, 1, 2, 1, 0]))
+
+
+@pytest.fixture
+def networks_copy():
+    """Copies the networks of a method, so that a second implementation can train its own."""
+    return lambda method: {role: copy.deepcopy(getattr(method, role)) for role in ('student', 'fake', 'teacher')}

@@ -1,0 +1,178 @@
+import copy
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from recipes import CDM, DECOUPLED, DMD2, TEACHER
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cdm_plugin.cli import main
+from cdm_plugin.inference import load_method, sample_prompts
+
+
+def same_bits(a, b, path=''):
+    """Asserts that two nested states hold the same bits."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same_bits(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same_bits(x, y, f'{path}[{i}]')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.mark.parametrize('recipe, method', [(DMD2, 'CDM'), (CDM, 'DMD2'), (DECOUPLED, 'CDM'), (CDM, 'DecoupledDMD')])
+def test_model_type_alone_swaps_the_method_from_the_command_line(recipe, method, tmp_path):
+    status = main(['train', recipe, '--work-dir', str(tmp_path), '--cfg-options', f'model.type={method}',
+                   'train_cfg.max_iters=2', 'train_dataloader.batch_size=2', 'log_level=ERROR',
+                   f'experiment_name=swap-{method}-{recipe.split("/")[1][:4]}'])
+    assert status == 0
+    state = torch.load(tmp_path / 'iter_2.pth', weights_only=True)
+    trained = load_method(recipe, device='cpu').student.state_dict()
+    assert any(not torch.equal(state['state_dict'][f'student.{k}'], v) for k, v in trained.items())
+
+
+def test_checkpoints_hold_what_is_trained_as_plain_tensors(short_run, tmp_path):
+    short_run(iters=2).train()
+    state = torch.load(tmp_path / 'run/iter_2.pth', weights_only=True)
+    roles = {key.split('.')[0] for key in state['state_dict']}
+    assert roles == {'student', 'fake'}
+    assert state['student_ema']['steps'] == 1
+    assert set(state['optimizer']) == {'student', 'fake'}
+
+
+def test_killed_and_resumed_run_ends_in_the_same_bits(tmp_path):
+    """SIGKILL in the middle, then `cdm train --resume`: weights of both networks, EMA and optimizers, one thread."""
+
+    def command(work_dir, *extra):
+        code = f'import sys; from cdm_plugin.cli import main; sys.exit(main({list(extra)!r}))'
+        return [sys.executable, '-c', code], dict(
+            env=dict(os.environ, OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
+    def arguments(work_dir, *extra):
+        return ['train', CDM, '--work-dir', str(work_dir), *extra, '--cfg-options', 'train_cfg.max_iters=12',
+                'train_dataloader.batch_size=8', 'default_hooks.checkpoint.interval=4',
+                'default_hooks.checkpoint.max_keep_ckpts=-1', 'custom_hooks.1.interval=1000']
+
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    run, kwargs = command(whole, *arguments(whole))
+    subprocess.run(run, check=True, timeout=300, **kwargs)
+    run, kwargs = command(killed, *arguments(killed))
+    process = subprocess.Popen(run, **kwargs)
+    deadline = time.monotonic() + 120
+    while not (killed / 'iter_4.pth').exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / 'iter_12.pth').exists(), 'the run ended before it was killed'
+    run, kwargs = command(killed, *arguments(killed, '--resume'))
+    subprocess.run(run, check=True, timeout=300, **kwargs)
+    a, b = (torch.load(d / 'iter_12.pth', weights_only=True) for d in (whole, killed))
+    for part in ('state_dict', 'student_ema', 'optimizer', 'param_schedulers'):
+        same_bits(a[part], b[part], part)
+    assert any(v.abs().sum() > 0 for k, v in b['state_dict'].items() if 'anchor_embedding.embedding.linear_2' in k)
+
+
+def test_tensorboard_shows_the_run(short_run, tmp_path):
+    short_run(iters=8, **{'custom_hooks.0.histogram_interval': 4, 'custom_hooks.1.interval': 4}).train()
+    events = EventAccumulator(str(next((tmp_path / 'run').glob('*/vis_data'))), size_guidance=dict(images=0)).Reload()
+    tags = events.Tags()
+    wanted = {'loss_fake', 'loss_student', 'loss_ca', 'loss_dm', 'loss_cdm', 'grad_norm_student', 'grad_norm_fake',
+              'student.lr', 'fake.lr', 'clamp_ca', 'clamp_dm', 'clamp_cdm', 'cosine_ca_dm', 'anchor_sigma', 'time',
+              'calls_student', 'calls_fake', 'calls_teacher', 'grid_steps'}
+    assert wanted <= set(tags['scalars'])
+    for tag in tags['scalars']:
+        values = [event.value for event in events.Scalars(tag)]
+        assert all(math.isfinite(v) for v in values), tag
+    assert -1 <= events.Scalars('cosine_ca_dm')[-1].value <= 1
+    assert 'train/anchor_sigma_histogram' in tags['histograms']
+    assert [event.step for event in events.Images('samples')] == [0, 4, 8]
+
+
+def test_sample_grid_rows_come_from_the_roles_named(short_run):
+    runner = short_run(iters=2)
+    runner.train()
+    hook = next(h for h in runner.hooks if type(h).__name__ == 'SampleGridHook')
+    rows = list(hook.rows(runner).values())
+    student, ema, teacher, fake = rows
+    assert all(r.shape == (10, 1, 16, 16) for r in rows)
+    for i, a in enumerate(rows):
+        assert all(not torch.equal(a, b) for b in rows[i + 1:])
+    assert torch.equal(hook.rows(runner)['student, 4 steps'], student)
+
+
+def test_validation_runs_the_ema_student_and_gives_the_weights_back(short_run):
+    runner = short_run(iters=2, val_cfg=dict(), val_evaluator=dict(type='DigitMetric'), val_dataloader=dict(
+        batch_size=10, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=dict(type='default_collate'), dataset=dict(type='LabelDataset', num_classes=10, length=20)))
+    seen = []
+    original = type(runner.model).sample
+
+    def spy(self, *args, **kwargs):
+        seen.append(copy.deepcopy(self.student.state_dict()))
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        runner.train()
+        before = copy.deepcopy(runner.model.student.state_dict())
+        patch.setattr(type(runner.model), 'sample', spy)
+        metrics = runner.val_loop.run()
+    same_bits(dict(before), dict(runner.model.student.state_dict()))
+    ema = runner.model.student_ema.weights
+    assert all(torch.equal(seen[0][name], weight) for name, weight in ema.items())
+    assert 0.9 <= metrics['digits/accuracy'] <= 1
+
+
+def test_amp_recipe_trains_in_bfloat16_with_float32_weights(short_run):
+    amp = {f'optim_wrapper.{role}.{k}': v for role in ('student', 'fake')
+           for k, v in dict(type='AmpOptimWrapper', dtype='bfloat16').items()}
+    runner = short_run(iters=2, **amp)
+    runner.train()
+    assert type(runner.optim_wrapper['student']).__name__ == 'AutocastOptimWrapper'
+    assert {p.dtype for p in runner.model.student.parameters()} == {torch.float32}
+
+
+def test_accumulation_updates_every_second_step_only(short_run):
+    runner = short_run(iters=8, **{'optim_wrapper.student.accumulative_counts': 2})
+    runner.train()
+    assert runner.model.student_ema.steps == 2  # 4 student steps
+    assert runner.optim_wrapper['fake'].optimizer.state_dict()['state'][0]['step'] == 8
+
+
+def test_teacher_recipe_trains_on_images(short_run, tmp_path):
+    runner = short_run(TEACHER, iters=3, **{'custom_hooks.1.interval': 2})
+    runner.train()
+    state = torch.load(tmp_path / 'run/iter_3.pth', weights_only=True)
+    assert state['student_ema']['steps'] == 3
+    assert all(key.startswith('student.') for key in state['state_dict'])
+
+
+def test_exported_student_gives_the_same_images(short_run, tmp_path):
+    short_run(iters=2).train()
+    assert main(['export', CDM, '--checkpoint', str(tmp_path / 'run'), '--out', str(tmp_path / 'out')]) == 0
+    trained = load_method(CDM, str(tmp_path / 'run'), device='cpu')
+    exported = load_method(str(tmp_path / 'out'), device='cpu')
+    noise = torch.randn(trained.latent_shape(3), generator=torch.Generator().manual_seed(0))
+    with trained.student_ema.applied():
+        expected = sample_prompts(trained, [1, 2, 3], noise)
+    assert torch.equal(sample_prompts(exported, [1, 2, 3], noise), expected)
+    assert not torch.equal(sample_prompts(trained, [1, 2, 3], noise), expected)
+    files = {p.suffix for p in (tmp_path / 'out').rglob('*') if p.is_file()}
+    assert files == {'.json', '.safetensors'}
+
+
+def test_sample_command_writes_images(tmp_path):
+    assert main(['sample', 'asset:digits/teacher', '--prompts', '3', '7', '--num', '2', '--steps', '2',
+                 '--guidance-scale', '2', '--out', str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['0000.png', '0001.png', '0002.png', '0003.png', 'grid.png']

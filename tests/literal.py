@@ -1,0 +1,96 @@
+"""A second, literal implementation of one iteration, written from the paper and unoptimised on purpose.
+
+Whole rollouts for every sample, one network call a question, no shared forward pass. It shares no code with the
+package; it reads the same draws.
+"""
+import torch
+
+SHIFT = 3.0
+
+
+def network_velocity(network, x, sigma, fields, anchor_sigma=None):
+    if hasattr(network, 'anchor_embedding'):
+        network.anchor_embedding.sigma = anchor_sigma
+    return network(x, encoder_hidden_states=fields['encoder_hidden_states'],
+                   pooled_projections=fields['pooled_projections'], timestep=sigma * 1000.0).sample
+
+
+def denoise(network, x, sigma, fields, anchor_sigma=None):
+    return x - sigma[:, None, None, None] * network_velocity(network, x, sigma, fields, anchor_sigma)
+
+
+def noised(x0, noise, sigma):
+    s = sigma[:, None, None, None]
+    return (1 - s) * x0 + s * noise
+
+
+def regression(x0, delta, reference, min_norm=0.1):
+    total = 0
+    for b in range(len(x0)):
+        norm = max((reference[b] - x0[b].detach()).abs().mean().item(), min_norm)
+        target = (x0[b] + delta[b] / norm).detach()
+        total = total + ((x0[b] - target) ** 2).mean()
+    return total / len(x0)
+
+
+def anchors_by_full_rollout(student, draws, fields):
+    """The whole trajectory of every sample; the anchor is looked up in it afterwards."""
+    trajectory, x = [], draws.noise
+    with torch.no_grad():
+        for i, sigma in enumerate(draws.sigmas):
+            trajectory.append(x)
+            if i + 1 < len(draws.sigmas):
+                level = sigma.expand(len(x))
+                x = x + (draws.sigmas[i + 1] - sigma) * network_velocity(student, x, level, fields)
+    x_n = torch.stack([trajectory[n][b] for b, n in enumerate(draws.anchor)])
+    sigma_n = torch.stack([draws.sigmas[n] for n in draws.anchor])
+    return x_n, sigma_n
+
+
+def fake_loss(networks, draws, fields):
+    x_n, sigma_n = anchors_by_full_rollout(networks['student'], draws, fields)
+    with torch.no_grad():
+        x0 = denoise(networks['student'], x_n, sigma_n, fields)
+    z = noised(x0, draws.fake_noise, draws.fake_sigma)
+    velocity = network_velocity(networks['fake'], z, draws.fake_sigma, fields, sigma_n)
+    return ((velocity - (draws.fake_noise - x0)) ** 2).mean()
+
+
+def student_losses(networks, draws, fields, null_fields, alpha, guided):
+    """Losses by name, for the terms that the draws hold; `guided` names those with guidance in the real score."""
+    student, teacher, fake = networks['student'], networks['teacher'], networks['fake']
+    x_n, sigma_n = anchors_by_full_rollout(student, draws, fields)
+    losses = {}
+    if 'ca' in draws.losses:
+        d = draws.losses['ca']
+        x0 = denoise(student, x_n, sigma_n, fields)
+        with torch.no_grad():
+            z = noised(x0, d['noise'], d['sigma'])
+            cond, null = denoise(teacher, z, d['sigma'], fields), denoise(teacher, z, d['sigma'], null_fields)
+        losses['ca'] = regression(x0, alpha * (cond - null), cond)
+    for name in ('dm', 'cdm'):
+        if name not in draws.losses:
+            continue
+        d, x, sigma = draws.losses[name], x_n, sigma_n
+        if name == 'cdm':
+            with torch.no_grad():
+                v_n = network_velocity(student, x_n, sigma_n, fields)
+            sigma = d['point_sigma']
+            x = x_n + (sigma - sigma_n)[:, None, None, None] * v_n
+        x0 = denoise(student, x, sigma, fields)
+        with torch.no_grad():
+            z = noised(x0, d['noise'], d['sigma'])
+            real = denoise(teacher, z, d['sigma'], fields)
+            if name in guided:
+                real = real + alpha * (real - denoise(teacher, z, d['sigma'], null_fields))
+            delta = real - denoise(fake, z, d['sigma'], fields, sigma)
+        losses[name] = regression(x0, delta, real)
+    return losses
+
+
+def merge(fake, student, rate):
+    student = dict(student.named_parameters())
+    with torch.no_grad():
+        for name, parameter in fake.named_parameters():
+            if name in student:
+                parameter.copy_((1 - rate) * parameter + rate * student[name])

@@ -1,0 +1,196 @@
+"""The registered losses: what they ask, where they train the student, and what they make of the answers."""
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+from cdm_plugin.draws import DrawContext, stream
+from cdm_plugin.losses import CALoss, CDMLoss, DMLoss, FlowMatchingLoss, ScoreLoss
+from cdm_plugin.rollout import Prediction
+from cdm_plugin.sigma_samplers import AnchorSigma, CappedUniformSigma, UniformSigma
+
+BATCH = 3
+SHAPE = (BATCH, 2, 2, 2)
+
+
+def latents(seed):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def column(values):
+    return torch.tensor(values, dtype=torch.float64)[:, None, None, None]
+
+
+SIGMA, Z_SIGMA, POINT_SIGMA = [1.0, 0.6, 0.3], [0.9, 0.5, 0.02], [0.1, 0.98, 0.3]
+
+
+@pytest.fixture
+def prediction():
+    """A student's prediction at an anchor, whose x0 and velocity carry gradient."""
+    x, velocity = latents(0), latents(1).requires_grad_()
+    return Prediction(x, torch.tensor(SIGMA, dtype=torch.float64), velocity, x - column(SIGMA) * velocity)
+
+
+@pytest.fixture
+def draws():
+    return dict(sigma=torch.tensor(Z_SIGMA, dtype=torch.float64), noise=latents(2),
+                point_sigma=torch.tensor(POINT_SIGMA, dtype=torch.float64))
+
+
+@pytest.fixture
+def answers():
+    return {name: latents(10 + i) for i, name in enumerate(['teacher', 'fake', 'null', 'cond'])}
+
+
+QUERIES = {
+    'CALoss': (CALoss(), dict(cond=('teacher', False), null=('teacher', True))),
+    'DMLoss': (DMLoss(), dict(teacher=('teacher', False), fake=('fake', False))),
+    'DMLoss guided': (DMLoss(guided=True), dict(
+        teacher=('teacher', False), fake=('fake', False), null=('teacher', True))),
+    'CDMLoss': (CDMLoss(), dict(teacher=('teacher', False), fake=('fake', False))),
+    'CDMLoss guided': (CDMLoss(guided=True), dict(
+        teacher=('teacher', False), fake=('fake', False), null=('teacher', True))),
+}
+
+
+@pytest.mark.parametrize('name', QUERIES)
+def test_queries(name, prediction, draws):
+    loss, expected = QUERIES[name]
+    queries = loss.queries(prediction.detach(), draws)
+    assert {key: (query.role, query.null) for key, query in queries.items()} == expected
+    z = (1 - column(Z_SIGMA)) * prediction.x0.detach() + column(Z_SIGMA) * draws['noise']
+    for query in queries.values():
+        assert torch.allclose(query.x, z, rtol=0, atol=1e-15) and not query.x.requires_grad
+        assert query.sigma.tolist() == Z_SIGMA
+
+
+def test_on_trajectory_losses_train_the_shared_prediction(prediction, draws):
+    assert CALoss().point(prediction, draws) is None and DMLoss().point(prediction, draws) is None
+
+
+def test_the_point_of_cdm_is_extrapolated_and_carries_no_gradient(prediction, draws):
+    x, sigma = CDMLoss().point(prediction, draws)
+    assert sigma.tolist() == POINT_SIGMA
+    expected = prediction.x + (column(POINT_SIGMA) - column(SIGMA)) * prediction.velocity.detach()
+    assert torch.allclose(x, expected, rtol=0, atol=1e-15)
+    assert not x.requires_grad and prediction.velocity.requires_grad
+    assert torch.equal(x[2], prediction.x[2])  # sigma_c of sample 2 is its anchor's level
+
+
+def regression(x0, delta, reference, min_norm=0.1):
+    """Written out: mean over the entries of (w delta)^2, w = 1 / max(mean|reference - x0|, min_norm)."""
+    norm = [max((reference[i] - x0[i]).abs().mean().item(), min_norm) for i in range(BATCH)]
+    return torch.stack([(delta[i] / norm[i]).square().mean() for i in range(BATCH)])
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize('alpha', [0.0, 1.0, 7.0])
+def test_ca_loss(alpha, prediction, answers):
+    values, _ = CALoss(alpha=alpha)(prediction, answers)
+    assert close(values, regression(prediction.x0, alpha * (answers['cond'] - answers['null']), answers['cond']))
+
+
+@pytest.mark.parametrize('type', [DMLoss, CDMLoss])
+def test_unguided_distribution_matching(type, prediction, answers):
+    values, _ = type(alpha=5.0)(prediction, answers)
+    assert close(values, regression(prediction.x0, answers['teacher'] - answers['fake'], answers['teacher']))
+
+
+@pytest.mark.parametrize('type', [DMLoss, CDMLoss])
+@pytest.mark.parametrize('alpha', [0.0, 1.0, 7.0])
+def test_guided_distribution_matching(type, alpha, prediction, answers):
+    """The guided real score is the reference of the normaliser too, as in DMD2."""
+    values, _ = type(guided=True, alpha=alpha)(prediction, answers)
+    real = (1 + alpha) * answers['teacher'] - alpha * answers['null']
+    assert torch.allclose(values, regression(prediction.x0, real - answers['fake'], real), rtol=1e-12)
+
+
+@pytest.mark.parametrize('name', QUERIES)
+def test_gradient_reaches_the_student_only(name, prediction, answers):
+    for answer in answers.values():
+        answer.requires_grad_()
+    QUERIES[name][0](prediction, answers)[0].sum().backward()
+    assert prediction.velocity.grad.abs().min() > 0
+    assert all(answer.grad is None for answer in answers.values())
+
+
+@pytest.mark.parametrize('name', QUERIES)
+def test_share_of_clamped_samples_is_logged(name, prediction, answers):
+    """Sample 1 lies within 0.1 of its reference, samples 0 and 2 do not."""
+    loss = QUERIES[name][0]
+    for key in ('teacher', 'cond', 'null'):
+        answers[key][1] = prediction.x0[1].detach() + 0.05
+        answers[key][2] = prediction.x0[2].detach() + 0.15
+    values, logs = loss(prediction, answers)
+    assert logs.keys() == {'clamp'}
+    assert logs['clamp'].item() == pytest.approx(1 / 3) and not logs['clamp'].requires_grad
+    assert type(loss)(min_norm=0.2)(prediction, answers)[1]['clamp'].item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize('type', [CALoss, DMLoss, CDMLoss])
+def test_min_norm_is_the_clamp(type, prediction, answers):
+    for key in ('teacher', 'cond', 'null'):
+        answers[key] = prediction.x0.detach() + 0.01 * answers[key]
+    a, b = (type(min_norm=m)(prediction, answers)[0] for m in (1.0, 0.5))
+    assert close(b, 4 * a)
+
+
+def test_defaults_are_the_published_recipe():
+    assert (CALoss().alpha, CALoss().min_norm, CALoss().weight) == (7.0, 0.1, 1.0)
+    assert isinstance(CALoss().sigma, CappedUniformSigma)
+    for loss in (DMLoss(), CDMLoss()):
+        assert (loss.guided, loss.min_norm, loss.weight) == (False, 0.1, 1.0)
+        assert isinstance(loss.sigma, UniformSigma)
+    assert isinstance(CDMLoss().point_sigma, UniformSigma)
+
+
+def context(seed=0):
+    def draw_grid(generator):
+        return torch.tensor([1.0, 0.5], dtype=torch.float64)
+    return DrawContext(stream(seed), torch.tensor(SIGMA, dtype=torch.float64), draw_grid, SHAPE)
+
+
+@pytest.mark.parametrize('loss, names', [
+    (CALoss(), {'sigma', 'noise'}), (DMLoss(), {'sigma', 'noise'}), (CDMLoss(), {'sigma', 'noise', 'point_sigma'})],
+    ids=['CALoss', 'DMLoss', 'CDMLoss'])
+def test_draws(loss, names):
+    drawn = loss.draw(context())
+    assert drawn.keys() == names and drawn['noise'].shape == SHAPE
+    assert all(drawn[name].shape == (BATCH,) for name in names - {'noise'})
+    again, other = loss.draw(context()), loss.draw(context(1))
+    assert all(torch.equal(drawn[name], again[name]) and not torch.equal(drawn[name], other[name]) for name in names)
+
+
+def test_samplers_come_from_the_config():
+    loss = MODELS.build(dict(type='CDMLoss', point_sigma=dict(type='AnchorSigma'),
+                             sigma=dict(type='LogitNormalSigma', low=0.4, high=0.5)))
+    drawn = loss.draw(context())
+    assert isinstance(loss.point_sigma, AnchorSigma) and set(drawn['point_sigma'].tolist()) <= {1.0, 0.5}
+    assert (0.4 <= drawn['sigma']).all() and (drawn['sigma'] <= 0.5).all()
+
+
+@pytest.mark.parametrize('type', ['CALoss', 'DMLoss', 'CDMLoss'])
+def test_weight_of_a_score_loss_is_the_methods_business(type, prediction, answers):
+    """The module's value is unweighted, so that logs compare across weights."""
+    a, b = (MODELS.build(dict(type=type, weight=w))(prediction, answers)[0] for w in (0.0, 2.5))
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=f'weight of {type} must be 0 or more, but is -1'):
+        MODELS.build(dict(type=type, weight=-1))
+
+
+def test_flow_matching_loss_and_its_weight():
+    velocity, x0, noise = latents(0), latents(1), latents(2)
+    expected = (velocity - (noise - x0)).square().mean((1, 2, 3))
+    assert close(FlowMatchingLoss()(velocity, x0, noise), expected)
+    assert close(MODELS.build(dict(type='FlowMatchingLoss', weight=0.5))(velocity, x0, noise), 0.5 * expected)
+    with pytest.raises(ValueError, match='weight of FlowMatchingLoss must be above 0, but is 0'):
+        FlowMatchingLoss(weight=0)
+
+
+def test_a_term_of_a_plug_in_needs_forward_only(prediction):
+    loss = ScoreLoss(weight=0.5)
+    assert loss.draw(context()) == {} and loss.queries(prediction, {}) == {} and loss.point(prediction, {}) is None
+    with pytest.raises(NotImplementedError):
+        loss(prediction, {})

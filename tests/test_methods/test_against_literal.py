@@ -1,0 +1,73 @@
+"""The optimised iteration against tests/literal.py: losses and every gradient, given the same draws."""
+import pytest
+import torch
+from literal import fake_loss, merge, student_losses
+
+from tests_support import recording_optimizers, tiny_method
+
+RECIPES = dict(
+    CDM=dict(type='CDM', alpha=2.0),
+    CDM_consistent=dict(
+        type='CDM', alpha=1.0, anchor_aware_fake=True,
+        losses=dict(ca=dict(sigma=dict(type='UniformSigma')),
+                    cdm=dict(guided=True, point_sigma=dict(type='AnchorSigma')))),
+    DecoupledDMD=dict(type='DecoupledDMD', alpha=2.0),
+    DMD2=dict(type='DMD2', alpha=2.0, student_every=2),
+    DMD2_anchor_aware=dict(type='DMD2', alpha=2.0, student_every=2, anchor_aware_fake=True),
+)
+GUIDED = dict(CDM_consistent=('cdm',), DMD2=('dm',), DMD2_anchor_aware=('dm',))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def relative_error(ours, theirs):
+    """Largest difference of two lists of tensors, relative to the largest entry over all of them."""
+    ours, theirs = ([torch.zeros(1) if t is None else t.flatten() for t in ts] for ts in (ours, theirs))
+    a, b = torch.cat(ours).double(), torch.cat(theirs).double()
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def gradients(network):
+    return [p.grad for p in network.parameters()]
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
+@pytest.mark.parametrize('checkpointing', [False, True], ids=['plain', 'checkpointing'])
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_one_cycle_equals_the_literal_implementation(recipe, checkpointing, dtype, labels, networks_copy):
+    method = tiny_method(dtype=dtype, activation_checkpointing=checkpointing, **RECIPES[recipe])
+    if hasattr(method.fake, 'anchor_embedding'):  # a zero-initialised embedding would hide a wrong anchor
+        torch.nn.init.normal_(method.fake.anchor_embedding.embedding.linear_2.weight, std=0.1)
+    networks = networks_copy(method)
+    for network in networks.values():
+        network.disable_gradient_checkpointing()
+        if hasattr(network, 'anchor_embedding'):  # the copied hook still points at the original network
+            hooks = network.time_text_embed._forward_hooks
+            hooks.clear()
+            network.time_text_embed.register_forward_hook(
+                lambda m, a, out, own=network: own.anchor_embedding(out))
+    optimizers, tolerance, lr = recording_optimizers(method), TOLERANCE[dtype], 0.05
+    condition = method.backbone.condition(labels)
+    fields = {k: v.to(dtype) for k, v in condition.fields.items()}
+    null_fields = {k: v.to(dtype) for k, v in method.null_condition(len(condition)).fields.items()}
+    for iteration in (0, 1):
+        method.iteration = iteration
+        draws = method.sample_draws(len(condition))
+        logs = method.train_step(labels, optimizers)
+
+        loss = fake_loss(networks, draws, fields)
+        networks['fake'].zero_grad()
+        loss.backward()
+        assert abs(logs['loss_fake'] - loss) <= tolerance * abs(loss)
+        assert relative_error(optimizers['fake'].gradients, gradients(networks['fake'])) < tolerance
+        with torch.no_grad():
+            for p in networks['fake'].parameters():
+                p -= lr * p.grad
+        merge(networks['fake'], networks['student'], method.fake_merge)
+    losses = student_losses(networks, draws, fields, null_fields, method.alpha, GUIDED.get(recipe, ()))
+    assert losses.keys() == method.losses.keys()
+    sum(losses.values()).backward()
+    for name, loss in losses.items():
+        assert abs(logs[f'loss_{name}'] - loss) <= tolerance * abs(loss), name
+    assert relative_error(optimizers['student'].gradients, gradients(networks['student'])) < tolerance
+    assert sum(g.abs().sum() for g in optimizers['student'].gradients if g is not None) > 0
+    assert relative_error(method.fake.parameters(), networks['fake'].parameters()) < tolerance

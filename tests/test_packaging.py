@@ -1,0 +1,332 @@
+"""Builds the package as its users get it, a wheel and an editable checkout, and tries it from somewhere else.
+
+Everything is installed offline into fresh environments that see this interpreter's libraries, but not its cdm_plugin.
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ACME = '''
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from mmengine.registry import MODELS, TASK_UTILS
+from torch import nn
+
+from cdm_plugin.backbones import Backbone
+from cdm_plugin.losses import ScoreLoss
+from cdm_plugin.plugins import hookimpl
+
+
+class AcmeNetwork(ModelMixin, ConfigMixin):
+
+    @register_to_config
+    def __init__(self, in_channels: int = 4, sample_size: int = 2, num_conditions: int = 3) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(in_channels, in_channels, 1)
+        self.embed = nn.Linear(num_conditions, in_channels)
+
+    def forward(self, x, sigma, pooled):
+        return self.mix(x) + (sigma.to(x)[:, None] * self.embed(pooled))[:, :, None, None]
+
+
+@MODELS.register_module()
+class AcmeBackbone(Backbone):
+    network_class = AcmeNetwork
+
+    def call(self, network, x, sigma, fields):
+        return network(x, sigma, fields['pooled_projections'])
+
+    def condition_widths(self):
+        return dict(pooled_projections=self.config['num_conditions'])
+
+
+@MODELS.register_module()
+class AcmeLoss(ScoreLoss):
+
+    def __init__(self, level: float, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.level = level
+
+    def forward(self, prediction, answers):
+        return 0 * prediction.x0.flatten(1).mean(1) + self.level, {}
+
+
+@TASK_UTILS.register_module()
+class AcmeTimeGrid:
+
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+
+    def sample(self, generator=None):
+        return torch.linspace(1, 0, self.levels + 1, dtype=torch.float64)[:-1]
+
+
+@hookimpl
+def cdm_student_losses(method):
+    return dict(from_hook=dict(type='AcmeLoss', level=1.0))
+
+
+@hookimpl
+def cdm_after_iteration(iteration, logs):
+    return dict(acme_double=2 * logs['loss_acme'])
+'''
+
+# No import line for the plug-in: the package finds it.
+CONFIG = '''
+custom_imports = dict(imports=['cdm_plugin'], allow_failed_imports=False)
+model = dict(
+    type='DMD2',
+    backbone=dict(
+        type='AcmeBackbone', config=dict(in_channels=4, sample_size=2),
+        conditioner=dict(type='ClassConditioner', num_classes=2), codec=dict(type='PixelCodec', scale=2)),
+    losses=dict(dm=None, acme=dict(type='AcmeLoss', level=2.5, weight=2.0)),
+    time_grid=dict(type='AcmeTimeGrid', levels=3),
+    student_every=1)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='InfiniteSampler', shuffle=False),
+    dataset=dict(type='LabelDataset', num_classes=2))
+optim_wrapper = dict(
+    constructor='DistillationOptimWrapperConstructor',
+    student=dict(optimizer=dict(type='SGD', lr=0.1)), fake=dict(optimizer=dict(type='SGD', lr=0.1)))
+train_cfg = dict(by_epoch=False, max_iters=2)
+custom_hooks = [dict(type='CDMHook')]
+default_hooks = dict(checkpoint=None)
+work_dir = 'work_dir'
+'''
+
+LOOK = '''
+import dataclasses, json, cdm_plugin, cdm_plugin.hooks
+from cdm_plugin import plugins
+from cdm_plugin.assets import resolve
+report = dict(file=cdm_plugin.__file__, hooks=cdm_plugin.hooks.__file__, digits=resolve('asset:digits'),
+              plugins=[dataclasses.asdict(info) for info in plugins.loaded()])
+'''
+TRAIN = '''
+import sys
+from mmengine.config import Config
+from mmengine.runner import Runner
+runner = Runner.from_cfg(Config.fromfile(sys.argv[1]))
+runner.train()
+names = ('loss_acme', 'loss_from_hook', 'loss_student', 'grid_steps', 'acme_double')
+logs = {name: float(runner.message_hub.get_scalar('train/' + name).current()) for name in names}
+'''
+
+
+class Environment:
+    """A virtual environment with this interpreter's libraries, except cdm_plugin, and programs run in it."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=False, symlinks=os.name != 'nt')
+        self.folder, self.bin = folder, folder / ('Scripts' if os.name == 'nt' else 'bin')
+        self.site = next(folder.glob('lib/python*/site-packages' if os.name != 'nt' else 'Lib/site-packages'))
+        self.elsewhere = folder / 'elsewhere'
+        self.elsewhere.mkdir()
+        self._link_libraries(folder / 'libraries')
+
+    def _link_libraries(self, libraries: Path) -> None:
+        libraries.mkdir()
+        for place in map(Path, sys.path):
+            if place.name in ('site-packages', 'dist-packages') and place.is_dir():
+                for entry in place.iterdir():
+                    link = libraries / entry.name
+                    if 'cdm_plugin' not in entry.name and not link.exists():
+                        link.symlink_to(entry)
+        (self.site / 'libraries.pth').write_text(f'{libraries}\n')
+
+    def pip_install(self, *arguments: object) -> None:
+        pip('--python', self.bin / 'python', 'install', '--no-deps', '--no-index', '--no-build-isolation', *arguments)
+
+    def run(self, *command: object, cwd: Path = None, **variables: str) -> subprocess.CompletedProcess:
+        kept = {key: value for key, value in os.environ.items() if key not in ('PYTHONPATH', 'CDM_DISABLE_PLUGINS')}
+        return check(self.bin / command[0], *command[1:], cwd=cwd or self.elsewhere, env={**kept, **variables})
+
+    def look(self, *arguments: object, before: str = 'logs = None', **options) -> dict:
+        """What LOOK reports in a fresh process; also the `logs` of a program run before it, and its warnings."""
+        program = before + LOOK + 'print(json.dumps(dict(report, logs=logs)))'
+        done = self.run('python', '-c', program, *arguments, **options)
+        return dict(json.loads(done.stdout.splitlines()[-1]), stderr=done.stderr)
+
+
+def check(*command: object, **options) -> subprocess.CompletedProcess:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, f'{command} failed:\n{done.stdout}\n{done.stderr}'
+    return done
+
+
+def pip(*arguments: object) -> None:
+    check(sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q', *arguments)
+
+
+def in_parallel(*calls) -> list:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def clean_copy(target: Path) -> Path:
+    """What a commit of the working tree would hold, in a folder of its own."""
+    if not (ROOT / '.git').exists():
+        pytest.skip('needs a git checkout, to tell its files from others')
+    listed = check('git', 'ls-files', '-co', '--exclude-standard', '-z', cwd=ROOT).stdout.split('\0')
+    for name in filter(None, listed):
+        source = ROOT / name
+        if source.is_symlink() or source.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name, follow_symlinks=False)
+    return target
+
+
+def write_distribution(folder: Path, name: str, version: str, entry: str, module: str, source: str) -> Path:
+    folder.mkdir()
+    (folder / f'{module}.py').write_text(source)
+    (folder / 'pyproject.toml').write_text(f"""
+[build-system]
+requires = ['setuptools']
+build-backend = 'setuptools.build_meta'
+
+[project]
+name = '{name}'
+version = '{version}'
+
+[project.entry-points.cdm_plugin]
+{entry} = '{module}'
+
+[tool.setuptools]
+py-modules = ['{module}']
+""")
+    return folder
+
+
+def by_name(plugins: list) -> dict:
+    assert len({info['name'] for info in plugins}) == len(plugins)
+    return {info['name']: info for info in plugins}
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
+    pip('wheel', '--no-deps', '--no-index', '--no-build-isolation', '-w', folder, clean_copy(folder / 'copy'))
+    return next(folder.glob('*.whl'))
+
+
+@pytest.fixture(scope='session')
+def installed(wheel, tmp_path_factory):
+    """An environment with the wheel, a plug-in that gives a backbone, a loss and a time grid, and a broken one."""
+    folder = tmp_path_factory.mktemp('installed')
+    acme = write_distribution(folder / 'acme', 'acme-shapes', '2.5', 'shapes', 'acme_shapes', ACME)
+    broken = write_distribution(folder / 'broken', 'a-broken-one', '0.3', 'part', 'a_broken_one',
+                                'import no_such_module')
+    environment = Environment(folder / 'environment')
+    environment.pip_install(wheel, acme, broken)
+    return environment
+
+
+@pytest.fixture(scope='session')
+def reports(installed):
+    """What programs print there, by name; started together, as each takes seconds to import torch."""
+    config = installed.elsewhere / 'acme.py'
+    config.write_text(CONFIG)
+    names = ('training', 'disabled', 'table')
+    return dict(zip(names, in_parallel(
+        lambda: installed.look(config, before=TRAIN),
+        lambda: installed.look(CDM_DISABLE_PLUGINS='1'),
+        lambda: installed.run('cdm', 'plugins').stdout)))
+
+
+@pytest.fixture(scope='session')
+def editable(tmp_path_factory):
+    """The environment of an editable checkout, and the checkout."""
+    folder = tmp_path_factory.mktemp('editable')
+    copy = clean_copy(folder / 'copy')
+    environment = Environment(folder / 'environment')
+    environment.pip_install('-e', copy)
+    return environment, copy
+
+
+def test_wheel_holds_all_files_of_the_checkout(wheel, installed):
+    copy = wheel.with_name('copy')
+    sources = [path for path in (copy / 'cdm_plugin').rglob('*') if path.is_file() and not path.is_symlink()]
+    expected = {path.relative_to(copy / 'cdm_plugin').as_posix() for path in sources}
+    expected |= {f'hooks/{path.relative_to(copy / "hooks").as_posix()}' for path in (copy / 'hooks').rglob('*.py')}
+    expected |= {f'.mim/configs/{path.relative_to(copy / "configs").as_posix()}'
+                 for path in (copy / 'configs').rglob('*.py')}
+    package = installed.site / 'cdm_plugin'
+    found = {path.relative_to(package).as_posix() for path in package.rglob('*') if path.is_file()}
+    assert expected - found == set()
+    assert {name for name in found - expected if not name.endswith('.pyc')} == set()
+    assert {'.mim/configs/_base_/default_runtime.py', '.mim/model-index.yml', 'assets/digits/digits_16.npz',
+            'hooks/cdm_hook.py', 'py.typed'} <= found
+
+
+def test_wheel_works_from_elsewhere(installed, reports):
+    report, package = reports['training'], installed.site / 'cdm_plugin'
+    assert Path(report['file']) == package / '__init__.py'
+    assert Path(report['hooks']) == package / 'hooks/__init__.py'
+    assert Path(report['digits']) == package / 'assets/digits'
+    own = [info for info in report['plugins'] if info['distribution'] == 'cdm_plugin']
+    assert own[0]['entry_point'] == 'time_grids' and own[-1]['entry_point'] == 'hooks'
+    assert {info['status'] for info in own} == {'loaded'}
+
+
+def test_plugin_of_another_distribution_is_found(installed, reports):
+    info = by_name(reports['training']['plugins'])['acme-shapes:shapes']
+    assert (info['version'], info['status'], info['error']) == ('2.5', 'loaded', '')
+    assert Path(info['location']) == installed.site / 'acme_shapes.py'
+    assert info['registered'] == ['MODELS.AcmeBackbone', 'MODELS.AcmeLoss', 'TASK_UTILS.AcmeTimeGrid']
+
+
+def test_plugin_trains_from_a_config_that_does_not_import_it(reports):
+    """The student's loss is 2 x 2.5 from the config and 1 x 1 from the plug-in's hook."""
+    logs = reports['training']['logs']
+    assert logs == dict(loss_acme=2.5, loss_from_hook=1, loss_student=6, acme_double=5, grid_steps=3)
+
+
+def test_broken_plugin_is_reported_by_name_and_stops_nothing(reports):
+    info = by_name(reports['training']['plugins'])['a-broken-one:part']
+    cause = "ModuleNotFoundError: No module named 'no_such_module'"
+    assert (info['status'], info['error']) == ('failed', cause)
+    warned = [line for line in reports['training']['stderr'].splitlines() if "'a-broken-one'" in line]
+    assert len(warned) == 1 and "'part'" in warned[0] and cause in warned[0]
+
+
+def test_plugins_of_other_distributions_can_be_disabled(reports):
+    infos = reports['disabled']['plugins']
+    outside = [info for info in infos if info['distribution'] != 'cdm_plugin']
+    assert {(info['name'], info['status'], tuple(info['registered'])) for info in outside} == {
+        ('acme-shapes:shapes', 'disabled', ()), ('a-broken-one:part', 'disabled', ())}
+    assert {info['status'] for info in infos if info not in outside} == {'loaded'}
+    assert 'a-broken-one' not in reports['disabled']['stderr']
+
+
+def test_command_lists_what_is_loaded_from_where(installed, reports):
+    table = reports['table']
+    rows = {line.split()[0]: line.split()[1:3] for line in table.splitlines() if line and not line.startswith(' ')}
+    assert rows['acme-shapes:shapes'] == ['2.5', 'loaded']
+    assert rows['a-broken-one:part'] == ['0.3', 'failed']
+    assert rows['cdm_plugin:losses'][1] == 'loaded'
+    assert str(installed.site / 'acme_shapes.py') in table and 'TASK_UTILS.AcmeTimeGrid' in table
+    assert 'no_such_module' in table
+
+
+def test_editable_checkout_works_from_elsewhere_and_from_inside(editable):
+    """Inside the checkout its egg-info is a second copy of the metadata: nothing may be registered twice."""
+    environment, copy = editable
+    assert list(copy.glob('*.egg-info')) and list(environment.site.glob('cdm_plugin-*.dist-info'))
+    elsewhere, inside = in_parallel(environment.look, lambda: environment.look(cwd=copy))
+    for report in (elsewhere, inside):
+        assert Path(report['file']).samefile(copy / 'cdm_plugin/__init__.py')
+        assert Path(report['hooks']).samefile(copy / 'hooks/__init__.py')
+        assert Path(report['digits'], 'digits_16.npz').is_file()
+        assert {info['status'] for info in by_name(report['plugins']).values()} == {'loaded'}
+    assert Path(elsewhere['file']).with_name('.mim').joinpath('configs/_base_/default_runtime.py').is_file()
+    assert [info['name'] for info in elsewhere['plugins']] == [info['name'] for info in inside['plugins']]
+    assert (environment.bin / 'cdm').is_file()
