@@ -1,8 +1,9 @@
 """Makes stock MMEngine 0.10.7 work with today's torch, setuptools and numpy, without a fork.
 
-`apply` repairs four things in place, and leaves alone what is not MMEngine's own:
+`apply` repairs five things in place, and leaves alone what is not MMEngine's own:
 
 - checkpoints are read without unpickling objects (torch >= 2.6 refuses them anyway),
+- a checkpoint is written whole or not at all,
 - a copied or moved work_dir resumes from its own files,
 - packages are found without `pkg_resources`, which setuptools 82 removed,
 - recipes of this package resolve: `cdm_plugin::sd3/x.py`, and `from cdm_plugin.configs.sd3.x import *` in `read_base`.
@@ -28,6 +29,7 @@ import mmengine.utils.package_utils as package_utils
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 
@@ -43,6 +45,8 @@ def apply() -> None:
     """Applies every repair to the MMEngine of this process. Calling it again changes nothing."""
     _register_local_loader()
     _replace(checkpoint_module, 'find_latest_checkpoint', find_latest_checkpoint)
+    if LocalBackend.put.__module__.startswith('mmengine.'):
+        LocalBackend.put = put_whole
     for ours in (is_installed, get_installed_path, package2module):
         _replace(package_utils, ours.__name__, ours)
     _add_recipes()
@@ -79,6 +83,20 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
                                f'and start again (a run with CDMHook writes none)') from None
     print_log(f'Unpickling the objects of {path}, as {TRUST}=1 says to', logger='current', level=logging.WARNING)
     return torch.load(path, map_location=map_location, weights_only=False)
+
+
+def put_whole(self: LocalBackend, obj: bytes, filepath: Any) -> None:
+    """Writes a file whole or not at all: a run killed while it saves leaves no checkpoint cut short.
+
+    Args:
+        obj (bytes): Data to be written.
+        filepath (str or Path): Where to; its folder is made if need be.
+    """
+    os.makedirs(os.path.dirname(filepath) or '.', exist_ok=True)
+    part = f'{filepath}.{os.getpid()}.part'
+    with open(part, 'wb') as file:
+        file.write(obj)
+    os.replace(part, filepath)
 
 
 def find_latest_checkpoint(path: str) -> Optional[str]:

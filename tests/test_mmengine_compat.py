@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModel
@@ -315,6 +316,19 @@ def make_work_dir(path, named, files):
     if named is not None:
         (path / 'last_checkpoint').write_text(str(named))
     return str(path)
+
+
+def test_a_killed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    file = tmp_path / 'iter_4.pth'
+    backend = LocalBackend()
+    backend.put(b'old', file)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            backend.put(b'new', file)
+    assert file.read_bytes() == b'old'
+    backend.put(b'new', file)
+    assert file.read_bytes() == b'new'
 
 
 def test_every_user_of_find_latest_checkpoint_has_ours():

@@ -46,6 +46,10 @@ def train_embedding(method):
     nn.init.normal_(method.fake.anchor_embedding.embedding.linear_2.weight, std=0.5)
 
 
+def close(a, b):
+    return torch.allclose(a, b, rtol=0, atol=1e-13)
+
+
 # Anchor embedding
 
 
@@ -92,13 +96,12 @@ def test_embedding_without_sigma_is_an_error_also_after_use():
 
 def test_fake_score_starts_as_the_teacher(method, inputs):
     x, sigma, condition = inputs
-    with torch.no_grad():  # with gradient, linear layers round differently
-        teacher = method.velocity('teacher', x, sigma, condition)
-        for anchors in (sigma, torch.ones_like(sigma)):
-            assert torch.equal(method.velocity('fake', x, sigma, condition, anchors), teacher)
+    teacher = method.velocity('teacher', x, sigma, condition)
+    for anchors in (sigma, torch.ones_like(sigma)):
+        assert close(method.velocity('fake', x, sigma, condition, anchors), teacher)
 
 
-def test_fresh_method_has_a_fake_score_equal_to_its_teacher(labels):
+def test_fresh_method_has_a_fake_score_equal_to_its_teacher():
     """As built, before the tests' perturbation."""
     torch.manual_seed(0)
     method = MODELS.build(dict(type='CDM', backbone=tiny_backbone(), anchor_aware_fake=True))
@@ -119,7 +122,7 @@ def test_fake_score_knows_each_samples_anchor_once_trained(method, inputs):
     changed[1] = 0.77
     two = method.velocity('fake', x, sigma, condition, changed)
     assert (one - two)[1].abs().max() > 1e-3
-    assert torch.equal(one[[0, 2, 3, 4]], two[[0, 2, 3, 4]])
+    assert close(one[[0, 2, 3, 4]], two[[0, 2, 3, 4]])
 
 
 def test_anchor_embedding_learns_from_the_fake_loss(method, inputs):

@@ -32,7 +32,8 @@ class AutocastOptimWrapper(OptimWrapper):
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Context of the role's forward pass."""
-        with super().optim_context(model), autocast(dtype=self.dtype):
+        device = next(model.parameters()).device.type  # MMEngine's default is the machine's best device
+        with super().optim_context(model), autocast(device, self.dtype):
             yield
 
 

@@ -129,6 +129,14 @@ def test_share_of_clamped_samples_is_logged(name, prediction, answers):
     assert type(loss)(min_norm=0.2)(prediction, answers)[1]['clamp'].item() == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize('type', [DMLoss, CDMLoss])
+def test_share_of_clamped_samples_is_of_the_guided_reference(type, prediction, answers):
+    """The unguided answer lies 0.05 from x0, the guided one 0.05 + 2 * 0.05: above the clamp."""
+    answers['teacher'], answers['null'] = prediction.x0.detach() + 0.05, prediction.x0.detach()
+    assert type(guided=True, alpha=2.0)(prediction, answers)[1]['clamp'] == 0
+    assert type(guided=False, alpha=2.0)(prediction, answers)[1]['clamp'] == 1
+
+
 @pytest.mark.parametrize('type', [CALoss, DMLoss, CDMLoss])
 def test_min_norm_is_the_clamp(type, prediction, answers):
     for key in ('teacher', 'cond', 'null'):

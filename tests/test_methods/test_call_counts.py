@@ -101,7 +101,7 @@ def test_an_iteration_without_a_student_step_asks_no_teacher(labels):
 
 
 def test_counts_are_logged_by_role_and_start_again_every_iteration(labels):
-    method, optimizers = tiny_method(), recording_optimizers(tiny_method())
+    method = tiny_method()
     optimizers = recording_optimizers(method)
     for iteration in range(4):
         method.iteration = iteration

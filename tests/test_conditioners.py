@@ -1,0 +1,229 @@
+"""Conditioners, and a whole SD3 model against diffusers' StableDiffusion3Pipeline."""
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from mmengine.registry import MODELS
+
+from cdm_plugin.conditioners import ClassConditioner, Conditioner, SD3TextConditioner
+from cdm_plugin.data.embedding_files import write_embeddings
+from tests_support import tiny_backbone
+from tiny_pipelines import save_tiny_sd3
+
+PROMPTS = ['a cat', 'dogs and birds']
+
+
+# Class labels
+
+
+def test_labels_become_unit_vectors():
+    """Token i of class k is the unit vector i (num_classes + 1) + k; the null condition is one more class."""
+    conditioner = ClassConditioner(num_classes=3, num_tokens=2)
+    condition = conditioner.encode(torch.tensor([2, 0]))
+    assert condition.fields['encoder_hidden_states'].argmax(-1).tolist() == [[2, 6], [0, 4]]
+    assert condition.fields['pooled_projections'].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert condition.fields['encoder_hidden_states'].shape == (2, 2, 8)
+    assert (condition.fields['encoder_hidden_states'].sum(-1) == 1).all()
+    null = conditioner.null()
+    assert len(null) == 1 and null.fields['encoder_hidden_states'].argmax(-1).tolist() == [[3, 7]]
+    assert null.fields['pooled_projections'].tolist() == [[0, 0, 0, 1]]
+
+
+def test_every_token_of_every_class_differs():
+    conditioner = ClassConditioner(num_classes=4, num_tokens=3)
+    tokens = torch.cat([conditioner.encode([0, 1, 2, 3]).fields['encoder_hidden_states'],
+                        conditioner.null().fields['encoder_hidden_states']]).flatten(0, 1)
+    assert len(tokens.unique(dim=0)) == 15
+
+
+@pytest.mark.parametrize('prompts', [['2', '0', '1'], [2, 0, 1], torch.tensor([2, 0, 1]), (2, '0', 1),
+                                     torch.tensor([2, 0, 1], dtype=torch.int32)], ids=repr)
+def test_labels_may_be_texts_numbers_or_tensors(prompts):
+    condition = ClassConditioner(num_classes=3).encode(prompts)
+    assert condition.fields['pooled_projections'].argmax(-1).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize('prompts', [['a cat'], ['1.5'], ['']], ids=repr)
+def test_texts_that_are_no_labels_are_refused(prompts):
+    with pytest.raises(ValueError, match='ClassConditioner takes class labels .* check data.prompt or '
+                                         'model.backbone.conditioner'):
+        ClassConditioner(num_classes=3).encode(prompts)
+
+
+@pytest.mark.xfail(strict=True, reason='int() cuts the fraction off')
+@pytest.mark.parametrize('prompts', [[1.5], torch.tensor([0.25, 1.0])], ids=repr)
+def test_fractions_are_refused(prompts):
+    with pytest.raises(ValueError, match='class labels'):
+        ClassConditioner(num_classes=3).encode(prompts)
+
+
+@pytest.mark.parametrize('label', [3, -1, 100])
+def test_labels_out_of_range_are_refused(label):
+    """3 would be the null condition, -1 too through negative indexing."""
+    with pytest.raises(ValueError, match=rf'0\.\.2 \(model\.backbone\.conditioner\.num_classes=3\), but got .*{label}'):
+        ClassConditioner(num_classes=3).encode(torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize('kwargs', [dict(num_classes=0), dict(num_classes=3, num_tokens=0)], ids=str)
+def test_bad_numbers_are_refused(kwargs):
+    with pytest.raises(ValueError, match='num_classes >= 1 and num_tokens >= 1'):
+        ClassConditioner(**kwargs)
+
+
+def test_class_conditioner_has_no_state_and_is_rebuilt_from_its_config():
+    conditioner = ClassConditioner(num_classes=5, num_tokens=3)
+    assert list(conditioner.parameters()) == [] and conditioner.state_dict() == {}
+    again = MODELS.build(conditioner.to_config())
+    for ours, theirs in zip(again.encode([4]).fields.values(), conditioner.encode([4]).fields.values()):
+        assert torch.equal(ours, theirs)
+
+
+def test_widths_must_be_the_networks():
+    """The tiny network takes tokens of width 8 and pooled vectors of width 4: three classes."""
+    for num_classes, refused in ((3, False), (5, True)):
+        backbone = MODELS.build(dict(
+            tiny_backbone(), conditioner=dict(type='ClassConditioner', num_classes=num_classes)))
+        if refused:
+            with pytest.raises(ValueError, match="embeddings 'encoder_hidden_states' have width 12, .* expects 8"):
+                backbone.condition(dict(prompt=['1']))
+        else:
+            assert len(backbone.condition(dict(prompt=['1', '2']))) == 2
+
+
+def test_base_class_states_what_is_missing():
+    conditioner = Conditioner()
+    assert conditioner.to_config() is None
+    for call in (lambda: conditioner.encode(['a']), conditioner.null):
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+# Cached embeddings
+
+
+def test_embedding_conditioner_holds_the_null_condition_of_the_folder(tmp_path):
+    tokens, pooled = torch.randn(3, 4, 8), torch.randn(3, 4)
+    write_embeddings(str(tmp_path / 'a.safetensors'), dict(
+        encoder_hidden_states=tokens[:2], pooled_projections=pooled[:2]))
+    write_embeddings(str(tmp_path / 'null.safetensors'), dict(
+        encoder_hidden_states=tokens[2:], pooled_projections=pooled[2:]))
+    conditioner = MODELS.build(dict(type='EmbeddingConditioner', folder=str(tmp_path)))
+    fields = conditioner.null().fields
+    assert fields.keys() == {'encoder_hidden_states', 'pooled_projections'}
+    assert torch.equal(fields['encoder_hidden_states'], tokens[2:])
+    assert torch.equal(fields['pooled_projections'], pooled[2:])
+    assert conditioner.state_dict() == {}
+    with pytest.raises(ValueError, match='EmbeddingConditioner cannot encode prompts'):
+        conditioner.encode(['a cat'])
+
+
+# SD3's text encoders and the whole model, against diffusers
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sd3')
+    save_tiny_sd3(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def pipeline(folder):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def encode_prompt(pipeline, prompts, **kwargs):
+    with torch.no_grad():
+        return pipeline.encode_prompt(prompt=prompts, prompt_2=None, prompt_3=None, **kwargs)
+
+
+@pytest.mark.parametrize('length', [16, 256])
+def test_text_conditioner_equals_encode_prompt(folder, pipeline, length):
+    conditioner = SD3TextConditioner(folder, max_sequence_length=length, negative_prompt='blurry')
+    tokens, null_tokens, pooled, null_pooled = encode_prompt(
+        pipeline, PROMPTS, negative_prompt='blurry', max_sequence_length=length)
+    condition, null = conditioner.encode(PROMPTS), conditioner.null().expand(2)
+    assert tokens.shape == (2, 77 + length, 40)
+    for ours, theirs in ((condition.fields['encoder_hidden_states'], tokens),
+                         (condition.fields['pooled_projections'], pooled),
+                         (null.fields['encoder_hidden_states'], null_tokens),
+                         (null.fields['pooled_projections'], null_pooled)):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-5) and not ours.requires_grad
+    # The encoders' three parts all matter in this test: CLIP's two halves of the width, and T5's tokens.
+    for part in (tokens[:, :77, :16], tokens[:, :77, 16:32], tokens[:, 77:]):
+        assert (part[0] - part[1]).abs().max() > 1e-2
+
+
+def test_empty_text_is_the_default_null_condition(folder, pipeline):
+    tokens, _, pooled, _ = encode_prompt(pipeline, [''], do_classifier_free_guidance=False)
+    null = SD3TextConditioner(folder).null()
+    assert len(null) == 1
+    assert torch.allclose(null.fields['encoder_hidden_states'], tokens, rtol=0, atol=1e-5)
+    assert torch.allclose(null.fields['pooled_projections'], pooled, rtol=0, atol=1e-5)
+
+
+def test_text_conditioner_is_frozen_and_takes_texts_only(folder):
+    conditioner = SD3TextConditioner(folder)
+    assert sum(1 for _ in conditioner.parameters()) > 50  # the encoders move with the model
+    assert not any(p.requires_grad for p in conditioner.parameters())
+    assert not any(m.training for m in conditioner.encoders.modules())
+    assert conditioner.to_config() is None
+    for prompts in (torch.tensor([1, 2]), [1, 2]):
+        with pytest.raises(ValueError, match='takes texts as prompts.*model.backbone.conditioner for class labels'):
+            conditioner.encode(prompts)
+
+
+def test_text_conditioner_in_bfloat16(folder, pipeline):
+    conditioner = SD3TextConditioner(folder, dtype='bfloat16')
+    assert {p.dtype for p in conditioner.parameters()} == {torch.bfloat16}
+    tokens = encode_prompt(pipeline, PROMPTS)[0]
+    assert (conditioner.encode(PROMPTS).fields['encoder_hidden_states'] - tokens).abs().max() < 0.1
+
+
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason='encode_prompt asks the absent transformer for a width')
+@pytest.mark.parametrize('has_t5', [True, False], ids=['left out', 'not in the pipeline'])
+def test_text_conditioner_without_t5_equals_encode_prompt_without_t5(has_t5, tmp_path):
+    save_tiny_sd3(tmp_path, t5=has_t5)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
+    tokens, _, pooled, _ = encode_prompt(pipeline, PROMPTS, max_sequence_length=16)
+    fields = SD3TextConditioner(str(tmp_path), t5=False, max_sequence_length=16).encode(PROMPTS).fields
+    assert torch.allclose(fields['encoder_hidden_states'], tokens, rtol=0, atol=1e-5)
+    assert torch.allclose(fields['pooled_projections'], pooled, rtol=0, atol=1e-5)
+    assert (fields['encoder_hidden_states'][:, 77:] == 0).all()
+
+
+@pytest.mark.parametrize('guidance_scale', [1.0, 5.0])
+@pytest.mark.parametrize('sigmas', [[1.0, 0.75, 0.5, 0.25], [1.0], [1.0, 0.9, 0.7, 0.5, 0.3, 0.2, 0.1]], ids=len)
+def test_sampling_equals_the_pipeline(folder, pipeline, guidance_scale, sigmas, monkeypatch):
+    method = MODELS.build(dict(type='FlowMatching', backbone=dict(type='SD3Backbone', pretrained=folder),
+                               sample_sigmas=sigmas))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert method.latent_shape(2) == noise.shape
+    arguments = dict(prompt=PROMPTS, height=16, width=16, num_inference_steps=len(sigmas), sigmas=sigmas,
+                     guidance_scale=guidance_scale, latents=noise)
+    latents = pipeline(**arguments, output_type='latent').images
+    images = pipeline(**arguments, output_type='pt').images  # in [0, 1]
+    condition = method.backbone.condition(dict(prompt=PROMPTS))
+
+    ours = method.sample(condition, noise, guidance_scale=guidance_scale)
+    assert ours.shape == (2, 3, 16, 16)
+    assert torch.allclose((ours + 1) / 2, images, rtol=0, atol=1e-5)
+    monkeypatch.setattr(method.backbone.codec, 'decode', lambda latents: latents)
+    ours = method.sample(condition, noise, guidance_scale=guidance_scale)
+    assert torch.allclose(ours, latents, rtol=0, atol=1e-5)
+    # The prompts matter: the first image with the second prompt is another one.
+    swapped = method.sample(condition[torch.tensor([1, 0])], noise, guidance_scale=guidance_scale)
+    assert (swapped - latents).abs().max() > 1e-3
+
+
+def test_every_role_of_a_distillation_samples_as_the_pipeline(folder, pipeline):
+    """Before the first step, student, fake score and teacher are the pretrained model."""
+    method = MODELS.build(dict(type='CDM', backbone=dict(type='SD3Backbone', pretrained=folder)))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    images = pipeline(prompt=PROMPTS, height=16, width=16, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25],
+                      guidance_scale=5.0, latents=noise, output_type='pt').images
+    condition = method.backbone.condition(dict(prompt=PROMPTS))
+    for role in ('student', 'fake', 'teacher'):
+        ours = method.sample(condition, noise, role=role, guidance_scale=5.0)
+        assert torch.allclose((ours + 1) / 2, images, rtol=0, atol=1e-5)
