@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from cdm_plugin.condition import Condition
 
 Prompts = Union[List[str], Tensor]
+# What the loaders of config files take of from_pretrained's arguments.
+HUB_KEYS = ('revision', 'cache_dir', 'local_files_only', 'token', 'force_download')
 
 
 class Conditioner(nn.Module):
@@ -61,8 +63,10 @@ class ClassConditioner(Conditioner):
             ValueError: If a label is no whole number in 0..num_classes-1.
         """
         try:
+            if any(isinstance(p, float) for p in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)):
+                raise ValueError
             labels = torch.as_tensor([int(p) for p in prompts], device=self.tokens.device)
-        except ValueError:
+        except (TypeError, ValueError):
             raise ValueError('ClassConditioner takes class labels such as 3 or "3" as prompts, '
                              f'but got {list(prompts)[:3]}; check data.prompt or model.backbone.conditioner') from None
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
@@ -83,7 +87,8 @@ class SD3TextConditioner(Conditioner):
 
     Args:
         pretrained (str): Hub id or folder of a StableDiffusion3 pipeline.
-        t5 (bool): Whether to load the third encoder, T5-XXL (4.7 B parameters). Default True.
+        t5 (bool): Whether to load the third encoder, T5-XXL (4.7 B parameters). Without it, its tokens are zeros, as
+            in the pipeline. Default True.
         max_sequence_length (int): Tokens for T5. Default 256, as in the pipeline.
         negative_prompt (str): Text of the null condition. Default ''.
         dtype (str): Weights' dtype. Default 'float32'.
@@ -93,10 +98,18 @@ class SD3TextConditioner(Conditioner):
     def __init__(self, pretrained: str, t5: bool = True, max_sequence_length: int = 256, negative_prompt: str = '',
                  dtype: str = 'float32', **load_kwargs: Any) -> None:
         super().__init__()
-        from diffusers import StableDiffusion3Pipeline  # takes seconds; models without text encoders skip it
+        # Takes seconds; models without text encoders skip it.
+        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+        hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
+        parts = StableDiffusion3Pipeline.load_config(pretrained, **hub_kwargs)
+        if t5 and (parts.get('text_encoder_3') or [None])[0] is None:
+            raise ValueError(f'{pretrained!r} has no T5 (text_encoder_3): set model.backbone.conditioner.t5=False')
         without_t5 = {} if t5 else dict(text_encoder_3=None, tokenizer_3=None)
+        with torch.device('meta'):  # encode_prompt asks the network for its width, and for nothing else
+            network = SD3Transformer2DModel.from_config(
+                SD3Transformer2DModel.load_config(pretrained, subfolder='transformer', **hub_kwargs))
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(
-            pretrained, transformer=None, vae=None, torch_dtype=getattr(torch, dtype), **without_t5, **load_kwargs)
+            pretrained, transformer=network, vae=None, torch_dtype=getattr(torch, dtype), **without_t5, **load_kwargs)
         encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.pipeline.text_encoder_3]
         self.encoders = nn.ModuleList([e for e in encoders if e is not None])
         self.encoders.requires_grad_(False).eval()

@@ -3,7 +3,7 @@
 Each role has weights of its own, all three from the pretrained model; the teacher is frozen.
 """
 import contextlib
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -46,6 +46,16 @@ class AnchorEmbedding(nn.Module):
             self.sigma = None
 
 
+class _AddAnchor:
+    """Forward hook; an object rather than a closure, so that a copy of the network uses the copied embedding."""
+
+    def __init__(self, embedding: AnchorEmbedding) -> None:
+        self.embedding = embedding
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self.embedding(output)
+
+
 def make_anchor_aware(network: nn.Module, time_embedder: str, width: int) -> None:
     """Adds an `AnchorEmbedding` to a network, as its submodule `anchor_embedding`.
 
@@ -56,8 +66,7 @@ def make_anchor_aware(network: nn.Module, time_embedder: str, width: int) -> Non
     """
     parameter = next(network.parameters())
     network.anchor_embedding = AnchorEmbedding(width).to(parameter.device, parameter.dtype)
-    network.get_submodule(time_embedder).register_forward_hook(
-        lambda module, args, output: network.anchor_embedding(output))
+    network.get_submodule(time_embedder).register_forward_hook(_AddAnchor(network.anchor_embedding))
 
 
 def anchored(network: nn.Module, anchor_sigma: Optional[Tensor]) -> contextlib.AbstractContextManager:

@@ -68,8 +68,8 @@ class DynamicTimeGrid:
     """
 
     def __init__(self, max_steps: int = 28, min_steps: int = 1, low: float = 0.25, high: float = 0.95) -> None:
-        if not 1 <= min_steps <= max_steps:
-            raise ValueError('model.time_grid needs 1 <= min_steps <= max_steps, '
+        if not (isinstance(min_steps, int) and isinstance(max_steps, int) and 1 <= min_steps <= max_steps):
+            raise ValueError('model.time_grid needs whole numbers 1 <= min_steps <= max_steps, '
                              f'but has min_steps={min_steps} and max_steps={max_steps}')
         if not 0 < low <= high <= 1:
             raise ValueError(f'model.time_grid needs 0 < low <= high <= 1, but has low={low} and high={high}')

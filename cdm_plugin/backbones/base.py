@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from cdm_plugin.assets import resolve
 from cdm_plugin.codecs import Codec
 from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import Conditioner
+from cdm_plugin.conditioners import HUB_KEYS, Conditioner
 from cdm_plugin.flow import full_precision, shift_sigmas
 
 PARTS_FILE = 'cdm_parts.json'
-# What `from_pretrained` may be told, and which of it the loaders of config files take too.
+# What `from_pretrained` may be told.
 LOAD_KEYS = ('revision', 'variant', 'cache_dir', 'local_files_only', 'token', 'force_download', 'use_safetensors')
-HUB_KEYS = ('revision', 'cache_dir', 'local_files_only', 'token', 'force_download')
 
 
 class Backbone(nn.Module):
@@ -30,8 +29,9 @@ class Backbone(nn.Module):
         pretrained (str, optional): Hub id, folder (both in the layout of a diffusers pipeline) or `asset:` path.
         config (dict or str, optional): Dimensions of a new network with random weights, or the path of a diffusers
             config.json, instead of `pretrained`.
-        conditioner (dict, optional): Config of the conditioner. Default: what `pretrained` brings.
-        codec (dict, optional): Config of the codec. Default: what `pretrained` brings.
+        conditioner (dict, optional): Config of the conditioner. Default: what `pretrained` brings; a dict without
+            `type` changes single arguments of that, `dict(t5=False)`.
+        codec (dict, optional): Config of the codec, likewise.
         scheduler (dict, optional): Arguments of FlowMatchEulerDiscreteScheduler. Default: what `pretrained` brings.
         subfolder (str): Where the network lies in `pretrained`. Default 'transformer'.
         dtype (str): Dtype of the network's weights. Default 'float32'.
@@ -147,9 +147,12 @@ class Backbone(nn.Module):
         return json.loads(path.read_text())
 
     def _build_part(self, name: str, cfg: Optional[Dict[str, Any]]) -> nn.Module:
+        default = self.default_parts().get(name)
         if cfg is None:
-            cfg = self.default_parts().get(name)
-        if cfg is None:
+            cfg = default
+        elif isinstance(cfg, dict) and 'type' not in cfg:  # single arguments of the default part
+            cfg = {**(default or {}), **cfg}
+        if not cfg or (isinstance(cfg, dict) and 'type' not in cfg):
             raise ValueError(f'model.backbone.{name} is missing: pretrained={self.pretrained!r} brings none')
         return MODELS.build(dict(cfg)) if isinstance(cfg, dict) else cfg
 

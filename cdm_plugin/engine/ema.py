@@ -69,8 +69,9 @@ class StudentEMA:
         Raises:
             ValueError: If its parameters are not the student's.
         """
-        if state['weights'].keys() != self.weights.keys():
-            differ = sorted(state['weights'].keys() ^ self.weights.keys())[:3]
+        shapes, own = ({k: tuple(w.shape) for k, w in ws.items()} for ws in (state['weights'], self.weights))
+        if shapes != own:
+            differ = sorted(k for k in {**shapes, **own} if shapes.get(k) != own.get(k))[:3]
             raise ValueError(f'the checkpoint\'s EMA has other parameters than the student, for example {differ}: it '
                              'comes from another model.backbone')
         self.steps = int(state['steps'])

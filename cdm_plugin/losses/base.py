@@ -39,7 +39,7 @@ class ScoreLoss(nn.Module):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
-        if weight < 0:
+        if not weight >= 0:
             raise ValueError(f'weight of {type(self).__name__} must be 0 or more, but is {weight}')
         self.weight = weight
 

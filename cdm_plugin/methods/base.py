@@ -144,7 +144,7 @@ class DiffusionModel(BaseModel):
         """What holds during one train_step."""
         if self.iteration is None or self.seed is None:
             raise ValueError(f'{type(self).__name__} does not know the iteration: add dict(type=\'CDMHook\') to '
-                               'custom_hooks (it keeps iteration and seed, which all random numbers depend on)')
+                             'custom_hooks (it keeps iteration and seed, which all random numbers depend on)')
         self.calls.clear()
         self.call_samples.clear()
         self.student_updated = False
