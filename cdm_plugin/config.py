@@ -12,7 +12,7 @@ RECIPES = Path(__file__).parent / '.mim' / 'configs'
 
 
 def find_config(path: str) -> str:
-    """A config's file: a path, or the name of a shipped recipe such as `digits/cdm_sd3-digits_1xb32_4step_600.py`.
+    """A config's file: a path, or the name of a shipped recipe such as `digits/cdm_sd3-digits_1xb32_4step_800.py`.
 
     Raises:
         FileNotFoundError: If it is neither; the message lists the shipped recipes of that folder.

@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from mmengine.config import Config
@@ -21,7 +21,7 @@ from cdm_plugin.images import labelled_grid, save_png
 from cdm_plugin.inference import export, sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import Distillation
 
-RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_600.py'
+RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'
 NUM_SAMPLES = 1000  # the Fréchet distance depends on the number of samples: compare equal numbers only
 
 
@@ -50,10 +50,10 @@ class Judge:
 
     Args:
         method (Distillation): Method with the teacher.
-        num_samples (int): Samples of every row. Default 1000.
+        num_samples (int): Samples of every row.
     """
 
-    def __init__(self, method: Distillation, num_samples: int = NUM_SAMPLES) -> None:
+    def __init__(self, method: Distillation, num_samples: int) -> None:
         self.method, self.guidance = method, 1 + method.alpha
         self.classifier = DigitClassifier.from_pretrained()
         self.labels = [i % 10 for i in range(num_samples)]
@@ -89,8 +89,12 @@ class Judge:
             calls = steps * (2 if role == 'teacher' else 1)
             images = sample_prompts(self.method, self.labels[:columns], self.noise[:columns], role=role,
                                     sigmas=step_sigmas(steps), guidance_scale=self.guidance if role == 'teacher' else 1)
-            rows[f'{role}, {steps} step{"s"[:steps - 1]}, {calls} calls'] = images
+            rows[f'{role}, {_count(steps, "step")}, {_count(calls, "call")}'] = images
         return rows
+
+
+def _count(number: int, word: str) -> str:
+    return f'{number} {word}' if number == 1 else f'{number} {word}s'
 
 
 class ProgressBarHook(Hook):
@@ -119,12 +123,12 @@ def distil(cfg: Config) -> Distillation:
     return runner.model.eval()
 
 
-def judge(method: Distillation, ema: bool = True) -> 'tuple[List[Row], Dict[str, Tensor]]':
-    """The demo's table and picture."""
+def judge(method: Distillation, num_samples: int) -> Tuple[List[Row], Dict[str, Tensor]]:
+    """The demo's table and picture, of the EMA student."""
     plan = [('teacher', 50), ('teacher', 8), ('teacher', 4), ('teacher', 2), ('teacher', 1),
             ('student', 8), ('student', 4), ('student', 2), ('student', 1)]
-    with student_weights(method, ema), tqdm(total=len(plan) + 1, desc='sampling', unit='row') as bar:
-        judge_ = Judge(method)
+    with student_weights(method, ema=True), tqdm(total=len(plan) + 1, desc='sampling', unit='row') as bar:
+        judge_ = Judge(method, num_samples)
         bar.update()
         rows = []
         for role, steps in plan:
@@ -141,29 +145,29 @@ def format_rows(rows: List[Row]) -> str:
     return '\n'.join([head, *lines])
 
 
-def run(work_dir: str, recipe: str = RECIPE, options: Optional[Dict[str, Any]] = None) -> Path:
+def run(work_dir: str, options: Optional[Dict[str, Any]] = None, num_samples: int = NUM_SAMPLES) -> Path:
     """Distils, judges, and leaves everything in the work directory.
 
     Args:
         work_dir (str): Where to.
-        recipe (str): Config. Default: CDM on the digits.
-        options (dict, optional): Dotted config key -> value.
+        options (dict, optional): Dotted config key -> value, over the recipe's.
+        num_samples (int): Samples of every row of the table. Default 1000.
 
     Returns:
         Path: results.json.
     """
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', min(2, os.cpu_count() or 1))))
     start = time.perf_counter()
-    cfg = load_config(recipe, options)
+    cfg = load_config(RECIPE, options)
     cfg.work_dir = work_dir
     method = distil(cfg)
     trained = time.perf_counter() - start
     student = export(method, Path(work_dir, 'student'))
-    rows, picture = judge(method)
+    rows, picture = judge(method, num_samples)
     results = Path(work_dir, 'results.json')
     results.write_text(json.dumps(dict(rows=[asdict(r) for r in rows], train_seconds=round(trained, 1)), indent=2))
     grid = save_png(labelled_grid(picture), Path(work_dir, 'samples.png'))
-    print(f'\nGuidance scale of the teacher {1 + method.alpha:g}, {NUM_SAMPLES} samples a row, EMA student.\n'
+    print(f'\nGuidance scale of the teacher {1 + method.alpha:g}, {num_samples} samples a row, EMA student.\n'
           f'{format_rows(rows)}\n\n'
           f'picture             {grid}\nresults             {results}\nexported student    {student}\n'
           f'TensorBoard         tensorboard --logdir {work_dir}\n'

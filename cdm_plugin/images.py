@@ -32,7 +32,7 @@ def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48) -> np.ndarray:
     factor = -(-min_side // min(height, width)) if min(height, width) < min_side else 1
     height, width = height * factor, width * factor
     font = ImageFont.load_default(size=max(12, min(24, height // 4)))
-    margin = 2 * GAP + max(int(font.getlength(name)) for name in rows)
+    margin = 4 * GAP + max(int(font.getlength(name)) for name in rows)
     columns = max(len(p) for p in pixels.values())
     sheet = Image.new('RGB', (margin + columns * (width + GAP), len(rows) * (height + GAP)), 'white')
     draw = ImageDraw.Draw(sheet)

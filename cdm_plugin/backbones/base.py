@@ -58,8 +58,8 @@ class Backbone(nn.Module):
         self.config = self._load_config(config)
         parts = self._saved_parts()
         self.scheduler = self._load_scheduler(scheduler)
-        self.conditioner = self._build_part('conditioner', conditioner or parts.get('conditioner'))
-        self.codec = self._build_part('codec', codec or parts.get('codec'))
+        self.conditioner: Conditioner = self._build_part('conditioner', conditioner or parts.get('conditioner'))
+        self.codec: Codec = self._build_part('codec', codec or parts.get('codec'))
         self.requires_grad_(False)
 
     # Loading and saving

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any, Dict, Optional, Tuple
 
 from mmengine.registry import MODELS
@@ -32,7 +33,9 @@ class CDMLoss(DMLoss):
         self.point_sigma = build_sampler(point_sigma)
 
     def draw(self, context: DrawContext) -> Dict[str, Tensor]:
-        return dict(point_sigma=context.sigma(self.point_sigma), **super().draw(context))
+        point_sigma = context.sigma(self.point_sigma)
+        # A capped law of the re-noising is capped at this loss's own point.
+        return dict(point_sigma=point_sigma, **super().draw(replace(context, anchor_sigma=point_sigma)))
 
     def point(self, anchor: Prediction, draws: Dict[str, Tensor]) -> Optional[Tuple[Tensor, Tensor]]:
         to_sigma = draws['point_sigma']

@@ -4,7 +4,6 @@ All three distribution-matching terms become a loss in the same way (arXiv 2605.
 an update direction delta is scaled by w = 1 / max(mean|reference - x0|, min_norm), per sample, and the student is
 regressed onto the constant target x0 + w delta. The gradient with respect to x0 is -2 w delta / numel.
 """
-import torch
 from torch import Tensor
 
 from cdm_plugin.flow import full_precision

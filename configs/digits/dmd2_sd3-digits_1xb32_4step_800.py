@@ -1,9 +1,9 @@
 _base_ = [
     '../_base_/default_runtime.py', '../_base_/models/sd3_digits.py', '../_base_/datasets/digits_labels.py',
-    '../_base_/schedules/digits_600.py'
+    '../_base_/schedules/digits_800.py'
 ]
 
-model = dict(type='DecoupledDMD')
+model = dict(type='DMD2')
 default_hooks = dict(checkpoint=dict(interval=200))
 custom_hooks = [
     dict(type='CDMHook'),
