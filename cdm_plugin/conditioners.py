@@ -62,17 +62,19 @@ class ClassConditioner(Conditioner):
         Raises:
             ValueError: If a label is no whole number in 0..num_classes-1.
         """
+        given = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
         try:
-            if any(isinstance(p, float) for p in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)):
+            if any(isinstance(p, float) for p in given):
                 raise ValueError
-            labels = torch.as_tensor([int(p) for p in prompts], device=self.tokens.device)
+            values = [int(p) for p in given]
         except (TypeError, ValueError):
             raise ValueError('ClassConditioner takes class labels such as 3 or "3" as prompts, '
-                             f'but got {list(prompts)[:3]}; check data.prompt or model.backbone.conditioner') from None
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                             f'but got {given[:3]}; check data.prompt or model.backbone.conditioner') from None
+        wrong = [v for v in values if not 0 <= v < self.num_classes]
+        if wrong:
             raise ValueError(f'class labels must lie in 0..{self.num_classes - 1} '
-                             f'(model.backbone.conditioner.num_classes={self.num_classes}), but got {labels.tolist()}')
-        return self._lookup(labels)
+                             f'(model.backbone.conditioner.num_classes={self.num_classes}), but got {wrong[:3]}')
+        return self._lookup(torch.tensor(values, device=self.tokens.device))
 
     def null(self) -> Condition:
         return self._lookup(torch.tensor([self.num_classes], device=self.tokens.device))

@@ -63,6 +63,7 @@ class DiffusionModel(BaseModel):
         self.calls: Counter = Counter()
         self.call_samples: Counter = Counter()
         self._optim_wrapper = None
+        self._null: Optional[Condition] = None
         self.register_state_dict_post_hook(self._drop_frozen)
         self.register_load_state_dict_post_hook(self._forgive_frozen)
 
@@ -172,8 +173,10 @@ class DiffusionModel(BaseModel):
         return self.backbone.shift_sigmas(sigmas, self.latent_size)
 
     def null_condition(self, rows: int) -> Condition:
-        """The null condition, repeated."""
-        return self.backbone.conditioner.null().to(self.device).expand(rows)
+        """The null condition, repeated. It is encoded once: conditioners are frozen."""
+        if self._null is None:
+            self._null = self.backbone.conditioner.null()
+        return self._null.to(self.device).expand(rows)
 
     def finish(self, logs: Dict[str, Any]) -> Dict[str, Any]:
         """Completes the scalars of one iteration: network calls by role, and what plug-ins observe."""
