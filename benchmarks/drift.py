@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument('--out', default='docs/drift.json')
     args = parser.parse_args()
     torch.set_num_threads(1)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in args.seeds:
         for factor in (1, 2):

@@ -1,6 +1,6 @@
 """Makes the 16x16 digits that the demo and the tests use.
 
-    python benchmarks/make_digits.py --source ../shared/data/mnist_10k.npz
+    python benchmarks/make_digits.py --source mnist_10k.npz
 """
 import argparse
 from pathlib import Path

@@ -41,6 +41,8 @@ def sample(args: argparse.Namespace) -> None:
     from cdm_plugin.images import labelled_grid, save_png, save_pngs
     from cdm_plugin.inference import load_method, sample_prompts, step_sigmas, student_weights
     method = load_method(args.source, args.checkpoint)
+    if not hasattr(method, args.role):
+        raise ValueError(f'{args.source} has no {args.role}: give the config that trained it, with --checkpoint')
     prompts = [p for p in args.prompts for _ in range(args.num)]
     noise = torch.randn(method.latent_shape(len(prompts)), generator=stream(args.seed, 'sample'))
     sigmas = step_sigmas(args.steps) if args.steps else None
@@ -49,7 +51,7 @@ def sample(args: argparse.Namespace) -> None:
                                 guidance_scale=args.guidance_scale)
     out = Path(args.out)
     save_pngs(images, out, [f'{i:04d}' for i in range(len(images))])
-    rows = {str(p)[:40]: images[i * args.num:(i + 1) * args.num] for i, p in enumerate(args.prompts)}
+    rows = {f'{i} {str(p)[:40]}': images[i * args.num:(i + 1) * args.num] for i, p in enumerate(args.prompts)}
     print(f'{len(images)} images in {out}, contact sheet {save_png(labelled_grid(rows), out / "grid.png")}')
 
 
@@ -73,6 +75,14 @@ def demo(args: argparse.Namespace) -> None:
     """Distils the digits teacher and judges the student."""
     from cdm_plugin.demo import run
     run(args.work_dir, options=args.cfg_options)
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be 1 or more, but is {value}')
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,12 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('source', help='an exported folder, a config file or a shipped recipe')
     command.add_argument('--checkpoint', help='for a config: a checkpoint or a work directory')
     command.add_argument('--prompts', nargs='+', required=True, help='texts, or class labels')
-    command.add_argument('--num', type=int, default=8, help='images a prompt (default 8)')
-    command.add_argument('--steps', type=int, help='default: model.sample_sigmas')
+    command.add_argument('--num', type=positive, default=8, help='images a prompt (default 8)')
+    command.add_argument('--steps', type=positive, help='default: model.sample_sigmas')
     command.add_argument('--seed', type=int, default=0)
     command.add_argument('--role', choices=['student', 'teacher', 'fake'], default='student')
     command.add_argument('--guidance-scale', type=float, default=1.0, help='default 1, off')
-    command.add_argument('--batch-size', type=int, default=16)
+    command.add_argument('--batch-size', type=positive, default=16)
     command.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
     command.add_argument('--out', default='samples', help='folder for the PNG files (default samples)')
 
@@ -129,7 +139,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         args.function(args)
         return 0
     try:
-        import cdm_plugin  # noqa: F401  registers everything
         args.function(args)
     except USER_ERRORS as error:
         text = str(error.args[0]) if error.args and isinstance(error, KeyError) else str(error)

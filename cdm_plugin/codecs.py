@@ -7,6 +7,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from cdm_plugin.conditioners import absolute_folder, origin
+
 
 class Codec(nn.Module):
     """Base class. A codec is frozen: it is never trained and never saved into checkpoints.
@@ -31,7 +33,7 @@ class Codec(nn.Module):
         return height // self.scale, width // self.scale
 
     def to_config(self) -> Optional[Dict[str, Any]]:
-        """The config that rebuilds this codec without further files, or None if it needs some."""
+        """The config that rebuilds this codec, or None if that cannot be written down."""
         return None
 
 
@@ -75,7 +77,12 @@ class VAECodec(Codec):
             pretrained, subfolder=subfolder, torch_dtype=getattr(torch, dtype), **load_kwargs)
         self.vae.requires_grad_(False).eval()
         self.scale = 2**(len(self.vae.config.block_out_channels) - 1)
+        self._config = dict(type='VAECodec', pretrained=absolute_folder(pretrained), subfolder=subfolder, dtype=dtype,
+                            **origin(load_kwargs))
         self.shift, self.factor = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+
+    def to_config(self) -> Dict[str, Any]:
+        return self._config
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

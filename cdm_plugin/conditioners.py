@@ -1,4 +1,5 @@
 """Conditioners: from prompts (texts or class labels) to a `Condition`."""
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 import torch
@@ -10,6 +11,16 @@ from cdm_plugin.condition import Condition
 Prompts = Union[List[str], Tensor]
 # What the loaders of config files take of from_pretrained's arguments.
 HUB_KEYS = ('revision', 'cache_dir', 'local_files_only', 'token', 'force_download')
+
+
+def absolute_folder(pretrained: str) -> str:
+    """A hub id as it is, a folder by its absolute path, so that a config is valid from anywhere on this machine."""
+    return str(Path(pretrained).resolve()) if Path(pretrained).is_dir() else pretrained
+
+
+def origin(load_kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Those of from_pretrained's arguments that say which weights are meant (and are no secret)."""
+    return {k: v for k, v in load_kwargs.items() if k in ('revision', 'variant')}
 
 
 class Conditioner(nn.Module):
@@ -24,7 +35,7 @@ class Conditioner(nn.Module):
         raise NotImplementedError
 
     def to_config(self) -> Optional[Dict[str, Any]]:
-        """The config that rebuilds this conditioner without further files, or None if it needs some."""
+        """The config that rebuilds this conditioner, or None if that cannot be written down."""
         return None
 
 
@@ -116,6 +127,12 @@ class SD3TextConditioner(Conditioner):
         self.encoders = nn.ModuleList([e for e in encoders if e is not None])
         self.encoders.requires_grad_(False).eval()
         self.max_sequence_length, self.negative_prompt = max_sequence_length, negative_prompt
+        self._config = dict(
+            type='SD3TextConditioner', pretrained=absolute_folder(pretrained), t5=t5, dtype=dtype,
+            max_sequence_length=max_sequence_length, negative_prompt=negative_prompt, **origin(load_kwargs))
+
+    def to_config(self) -> Dict[str, Any]:
+        return self._config
 
     @torch.no_grad()
     def encode(self, prompts: Prompts) -> Condition:

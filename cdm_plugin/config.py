@@ -61,6 +61,8 @@ def _typed_parts(value: Any, path: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
         if isinstance(value.get('type'), str):
             yield path, value
         for key, child in value.items():
+            if key in ('metainfo', 'meta'):
+                continue  # the user's own data
             yield from _typed_parts(child, f'{path}.{key}' if path else str(key))
     elif isinstance(value, (list, tuple)):
         for i, child in enumerate(value):

@@ -32,6 +32,9 @@ def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[
         DiffusionModel: In evaluation mode; `student_ema` is set if the checkpoint has one.
     """
     folder = Path(resolve(source))
+    if folder.is_dir() and checkpoint is not None:
+        raise ValueError(f'{source!r} is an exported folder, which has its weights: leave the checkpoint '
+                         f'{checkpoint!r} out, or give the config instead of the folder')
     method = _from_folder(folder) if folder.is_dir() else _from_config(load_config(source), checkpoint)
     return method.to(device or get_device()).eval()
 
@@ -55,7 +58,10 @@ def _from_config(cfg: Config, checkpoint: Optional[str]) -> DiffusionModel:
         if path is None:
             raise FileNotFoundError(f'the work directory {checkpoint!r} has no checkpoint (iter_*.pth)')
     state = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
-    load_state_dict(method, state['state_dict'], strict=True)
+    try:
+        load_state_dict(method, state['state_dict'], strict=True)
+    except RuntimeError as error:
+        raise ValueError(f'the checkpoint {path} does not fit the config\'s model: {error}') from error
     if 'student_ema' in state:
         method.student_ema = StudentEMA(method.student)
         method.student_ema.load_state_dict(state['student_ema'])

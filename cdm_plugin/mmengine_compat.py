@@ -41,6 +41,10 @@ NUMBERED = re.compile(r'(iter|epoch)_(\d+)\.pth')
 _stock_cfg_path = Config._get_cfg_path
 
 
+class CheckpointError(RuntimeError, ValueError):
+    """A checkpoint that cannot be read: RuntimeError as torch raises, and a mistake of the user like other values."""
+
+
 def apply() -> None:
     """Applies every repair to the MMEngine of this process. Calling it again changes nothing."""
     _register_local_loader()
@@ -68,17 +72,18 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     """
     path = os.path.expanduser(filename)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'There is no checkpoint {path}: check load_from and resume of the config')
+        raise FileNotFoundError(f'There is no checkpoint {path}: check the path given on the command line, or load_from of '
+                                'the config')
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         if _is_damaged(path, error):
-            raise RuntimeError(f'Checkpoint {path} is damaged or was cut short: copy it again, or delete it and resume '
+            raise CheckpointError(f'Checkpoint {path} is damaged or was cut short: copy it again, or delete it and resume '
                                'from an earlier one') from None
         if not isinstance(error, pickle.UnpicklingError):
             raise
         if os.environ.get(TRUST) != '1':
-            raise RuntimeError(f'Checkpoint {path} holds pickled objects ({_unsafe_global(error)}), which can run code '
+            raise CheckpointError(f'Checkpoint {path} holds pickled objects ({_unsafe_global(error)}), which can run code '
                                f'when loaded: if you trust where it comes from, set the environment variable {TRUST}=1 '
                                f'and start again (a run with CDMHook writes none)') from None
     print_log(f'Unpickling the objects of {path}, as {TRUST}=1 says to', logger='current', level=logging.WARNING)

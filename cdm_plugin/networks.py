@@ -7,6 +7,7 @@ from typing import Any, Iterator, Optional
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 
@@ -77,7 +78,7 @@ def anchored(network: nn.Module, anchor_sigma: Optional[Tensor]) -> contextlib.A
 
 def unwrap(network: nn.Module) -> nn.Module:
     """The network itself, without a data-parallel wrapper."""
-    return network.module if hasattr(network, 'module') else network
+    return network.module if is_model_wrapper(network) else network
 
 
 @torch.no_grad()

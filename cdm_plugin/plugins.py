@@ -35,7 +35,7 @@ __all__ = ['PARTS', 'PluginInfo', 'format_table', 'hookimpl', 'load', 'loaded', 
 GROUP = PROJECT
 OWN = 'cdm-plugin'  # this distribution's name, normalised
 DISABLE = 'CDM_DISABLE_PLUGINS'
-INSTALL = '`pip install -e .` in a checkout, or `pip install cdm_plugin`'
+INSTALL = '`pip install -e .` (or `pip install .`) in a checkout'
 
 # The same list, in the same order, as in setup.py: setuptools sorts the entry points that it writes.
 PARTS = ('time_grids', 'sigma_samplers', 'losses', 'conditioners', 'codecs', 'backbones', 'methods', 'data', 'engine',

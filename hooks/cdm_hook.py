@@ -3,12 +3,15 @@ import warnings
 from typing import Any, Dict, List, Optional
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import Tensor
 
+from cdm_plugin.condition import Condition
 from cdm_plugin.engine import StudentEMA
 from cdm_plugin.methods import DiffusionModel
 from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
@@ -43,23 +46,35 @@ class CDMHook(Hook):
             raise ValueError(f'CDMHook.histogram_interval must be 1 or more, but is {histogram_interval}')
         self.ema_decay, self.histogram_interval = ema_decay, histogram_interval
         self.anchor_sigmas: List[Tensor] = []
+        # Whether the average belongs to the student's present weights: not before a checkpoint or training says so.
+        self._ema_loaded = False
         self._swapped: Optional[contextlib.ExitStack] = None
 
     def before_run(self, runner: Any) -> None:
         """Hands over the seed and starts the EMA."""
+        if is_model_wrapper(runner.model):
+            raise ValueError("this version trains in one process: start without a launcher (launcher='none')")
         method = method_of(runner)
         method.seed = runner.seed
+        self._ema_loaded = False
         if self.ema_decay is not None:
             method.student_ema = StudentEMA(method.student, self.ema_decay)
 
     def before_train(self, runner: Any) -> None:
-        """Checks the first sample before the first iteration; without a resume, the EMA starts from the weights that
-        `load_from` may have brought."""
+        """Checks the first sample before the first iteration; the EMA starts from the weights that a checkpoint
+        without one, or `load_from`, may have brought."""
         method = method_of(runner)
+        if not isinstance(runner.optim_wrapper, OptimWrapperDict):
+            raise ValueError("optim_wrapper needs constructor='DistillationOptimWrapperConstructor' and one entry a "
+                             f'role: {", ".join(method.trained_roles)}')
+        method.seed = runner.seed  # a resume restores the seed of an unseeded run
+        if runner._resume and runner.cfg.get('randomness', {}).get('seed') is None:
+            print_log('randomness.seed is not set: a resumed run draws its data in another order', 'current', level=30)
         # The student's schedule counts iterations, as MMEngine steps it, so it starts before the student's optimizer.
         warnings.filterwarnings('ignore', message='Detected call of `scheduler.step')
-        if method.student_ema is not None and not runner._resume:
+        if method.student_ema is not None and not (runner._resume and self._ema_loaded):
             method.student_ema.reset()
+            self._ema_loaded = True
         self._check_data(runner, method)
         self._check_accumulation(runner, method)
 
@@ -70,7 +85,13 @@ class CDMHook(Hook):
             raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
         data = method.data_preprocessor([dataset[0]], True)
         with torch.no_grad():
-            method.backbone.condition(data)
+            condition = method.backbone.condition(data).to(method.device)
+            try:
+                Condition.cat([condition, method.null_condition(1)])
+            except (RuntimeError, KeyError):
+                raise ValueError(
+                    'the null condition has other fields or shapes than the data\'s embeddings: set model.backbone.'
+                    "conditioner=dict(type='EmbeddingConditioner', folder=...) to the embeddings' folder") from None
 
     @staticmethod
     def _check_accumulation(runner: Any, method: DiffusionModel) -> None:
@@ -100,6 +121,8 @@ class CDMHook(Hook):
 
     @staticmethod
     def _add_histogram(runner: Any, sigmas: Tensor) -> None:
+        if not is_main_process():
+            return
         for backend in runner.visualizer._vis_backends.values():
             if hasattr(backend.experiment, 'add_histogram'):
                 backend.experiment.add_histogram('train/anchor_sigma_histogram', sigmas, runner.iter + 1)
@@ -109,7 +132,7 @@ class CDMHook(Hook):
     def _swap_in(self, runner: Any) -> None:
         method = method_of(runner)
         method.validation_batches = 0
-        if method.student_ema is not None:
+        if method.student_ema is not None and self._ema_loaded:
             self._swapped = contextlib.ExitStack()
             self._swapped.enter_context(method.student_ema.applied())
 
@@ -147,6 +170,7 @@ class CDMHook(Hook):
         method = method_of(runner)
         if method.student_ema is not None and 'student_ema' in checkpoint:
             method.student_ema.load_state_dict(checkpoint['student_ema'])
+            self._ema_loaded = True
         elif method.student_ema is not None and runner._resume:
             print_log('the checkpoint has no student_ema: the EMA starts again from the student', 'current', level=30)
         if 'message_hub' in checkpoint:

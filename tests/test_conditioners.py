@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from cdm_plugin.backbones import SD3Backbone
 from cdm_plugin.conditioners import ClassConditioner, Conditioner, SD3TextConditioner
 from cdm_plugin.data.embedding_files import write_embeddings
+from cdm_plugin.inference import export, load_method, sample_prompts
 from tests_support import tiny_backbone
 from tiny_pipelines import save_tiny_sd3
 
@@ -168,7 +169,7 @@ def test_text_conditioner_is_frozen_and_takes_texts_only(folder):
     assert sum(1 for _ in conditioner.parameters()) > 50  # the encoders move with the model
     assert not any(p.requires_grad for p in conditioner.parameters())
     assert not any(m.training for m in conditioner.encoders.modules())
-    assert conditioner.to_config() is None
+    assert conditioner.to_config()['type'] == 'SD3TextConditioner'
     for prompts in (torch.tensor([1, 2]), [1, 2]):
         with pytest.raises(ValueError, match='takes texts as prompts.*model.backbone.conditioner for class labels'):
             conditioner.encode(prompts)
@@ -234,3 +235,11 @@ def test_a_pipeline_without_t5_says_which_key_to_set_and_the_key_works(tmp_path)
         SD3Backbone(pretrained=str(tmp_path))
     backbone = SD3Backbone(pretrained=str(tmp_path), conditioner=dict(t5=False))
     assert backbone.condition(dict(prompt=PROMPTS)).fields['encoder_hidden_states'].shape[0] == len(PROMPTS)
+
+
+def test_an_exported_text_model_samples_by_itself(folder, tmp_path):
+    method = MODELS.build(dict(type='FlowMatching', backbone=dict(type='SD3Backbone', pretrained=folder)))
+    exported = load_method(str(export(method, tmp_path / 'out')), device='cpu')
+    noise = torch.randn(method.latent_shape(2), generator=torch.Generator().manual_seed(0))
+    images = [sample_prompts(m, PROMPTS, noise) for m in (method.eval(), exported)]
+    assert torch.equal(*images)

@@ -74,7 +74,7 @@ class Backbone(nn.Module):
 
     def save_pretrained(self, network: ModelMixin, folder: Union[str, Path], **recipe: Any) -> None:
         """Writes a folder that `pretrained` opens: the network and the scheduler in diffusers' layout (safetensors),
-        and the configs of a conditioner and codec that need no files of their own.
+        and the configs of the conditioner and codec (text encoders and VAE stay where they came from).
 
         Args:
             network (ModelMixin): The network to save.
@@ -194,6 +194,14 @@ class Backbone(nn.Module):
     def default_latent_size(self) -> Tuple[int, int]:
         """Height and width of the latents that the network was made for."""
         return (self.config['sample_size'],) * 2
+
+    def check_latent_size(self, latent_size: Tuple[int, int], image_size: Any) -> None:
+        """Raises ValueError if the network cannot take latents of this size; `image_size` is named in the error."""
+        patch = self.config.get('patch_size') or 1
+        limit = patch * (self.config.get('pos_embed_max_size') or 10**9)
+        if any(side % patch or side > limit for side in latent_size):
+            raise ValueError(f'model.image_size={image_size!r} makes latents of {latent_size}, but the network takes '
+                             f'multiples of {patch} up to {limit}: choose another image size')
 
     def time_embedding_width(self) -> int:
         """Width of the time embedding."""

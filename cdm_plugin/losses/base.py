@@ -76,6 +76,13 @@ def build_sampler(cfg: Any) -> Any:
     return TASK_UTILS.build(dict(cfg)) if isinstance(cfg, dict) else cfg
 
 
+def check_min_norm(min_norm: float) -> float:
+    """The lower clamp of a normaliser, above 0."""
+    if not min_norm > 0:
+        raise ValueError(f'model.losses.*.min_norm must be above 0, but is {min_norm}')
+    return min_norm
+
+
 def clamp_share(norm: Tensor, min_norm: float) -> Tensor:
     """Share of samples whose normaliser is clamped, in [0, 1], scalar: high values mean that w has lost its scale."""
     return (norm < min_norm).to(norm.dtype).mean()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cdm_plugin.draws import DrawContext
 from cdm_plugin.flow import add_noise
-from cdm_plugin.losses.base import ScoreLoss, ScoreQuery, build_sampler, clamp_share
+from cdm_plugin.losses.base import ScoreLoss, ScoreQuery, build_sampler, check_min_norm, clamp_share
 from cdm_plugin.losses.functional import ca_loss, reference_norm
 from cdm_plugin.rollout import Prediction
 
@@ -25,7 +25,7 @@ class CALoss(ScoreLoss):
     def __init__(self, alpha: float = 7.0, sigma: Any = dict(type='CappedUniformSigma'), min_norm: float = 0.1,
                  weight: float = 1.0) -> None:
         super().__init__(weight)
-        self.alpha, self.min_norm, self.sigma = alpha, min_norm, build_sampler(sigma)
+        self.alpha, self.min_norm, self.sigma = alpha, check_min_norm(min_norm), build_sampler(sigma)
 
     def draw(self, context: DrawContext) -> Dict[str, Tensor]:
         return dict(sigma=context.sigma(self.sigma), noise=context.noise())

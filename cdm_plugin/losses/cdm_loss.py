@@ -17,7 +17,7 @@ class CDMLoss(DMLoss):
     x_c = x_n + (sigma_c - sigma_n) v_n, through which no gradient flows (arXiv 2605.06376, section 3).
 
     Args:
-        point_sigma (dict): Sigma sampler of sigma_c. Default UniformSigma, the published law; AnchorSigma asks an
+        point_sigma (dict): Sigma sampler of sigma_c. Default U(0, 1), the published law; AnchorSigma asks an
             anchor-aware fake score only where it was trained.
         guided (bool): Whether the real score carries guidance, so that on- and off-trajectory predictions aim at the
             same, guided distribution. Default False, the published recipe.
@@ -27,8 +27,9 @@ class CDMLoss(DMLoss):
         weight (float): Factor in the student loss. Default 1.
     """
 
-    def __init__(self, point_sigma: Any = dict(type='UniformSigma'), guided: bool = False, alpha: float = 7.0,
-                 sigma: Any = dict(type='UniformSigma'), min_norm: float = 0.1, weight: float = 1.0) -> None:
+    def __init__(self, point_sigma: Any = dict(type='UniformSigma', low=0.0, high=1.0), guided: bool = False,
+                 alpha: float = 7.0, sigma: Any = dict(type='UniformSigma'), min_norm: float = 0.1,
+                 weight: float = 1.0) -> None:
         super().__init__(guided, alpha, sigma, min_norm, weight)
         self.point_sigma = build_sampler(point_sigma)
 

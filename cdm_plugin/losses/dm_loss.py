@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cdm_plugin.draws import DrawContext
 from cdm_plugin.flow import add_noise
-from cdm_plugin.losses.base import ScoreLoss, ScoreQuery, build_sampler, clamp_share
+from cdm_plugin.losses.base import ScoreLoss, ScoreQuery, build_sampler, check_min_norm, clamp_share
 from cdm_plugin.losses.functional import dm_loss, reference_norm
 from cdm_plugin.rollout import Prediction
 
@@ -15,8 +15,8 @@ class DMLoss(ScoreLoss):
     """Distribution matching on the on-trajectory prediction (DMD2, arXiv 2405.14867; 2605.06376, section 3).
 
     Args:
-        guided (bool): Whether the real score carries guidance, D(c) + alpha (D(c) - D(null)), as in DMD2. Default
-            False: guidance is the CA loss's business.
+        guided (bool): Whether the real score carries guidance, D(c) + alpha (D(c) - D(null)), as in DMD2; the
+            normaliser then measures against the guided estimate too. Default False: guidance is the CA loss's business.
         alpha (float): Strength of that guidance; guidance scale s corresponds to alpha = s - 1. Default 7.
         sigma (dict): Sigma sampler of the re-noising. Default UniformSigma.
         min_norm (float): Lower clamp of the normaliser. Default 0.1.
@@ -26,7 +26,8 @@ class DMLoss(ScoreLoss):
     def __init__(self, guided: bool = False, alpha: float = 7.0, sigma: Any = dict(type='UniformSigma'),
                  min_norm: float = 0.1, weight: float = 1.0) -> None:
         super().__init__(weight)
-        self.guided, self.alpha, self.min_norm, self.sigma = guided, alpha, min_norm, build_sampler(sigma)
+        self.guided, self.alpha, self.sigma = guided, alpha, build_sampler(sigma)
+        self.min_norm = check_min_norm(min_norm)
 
     def draw(self, context: DrawContext) -> Dict[str, Tensor]:
         return dict(sigma=context.sigma(self.sigma), noise=context.noise())

@@ -73,7 +73,9 @@ class DiffusionModel(BaseModel):
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f'model.image_size must be a number or (height, width) in pixels, but is {image_size!r}')
-        return self.backbone.codec.latent_size(*size)
+        latent_size = self.backbone.codec.latent_size(*size)
+        self.backbone.check_latent_size(latent_size, image_size)
+        return latent_size
 
     # Checkpoints hold what is trained; frozen networks come from the pretrained model again.
 
@@ -89,6 +91,12 @@ class DiffusionModel(BaseModel):
 
     def init_weights(self) -> None:
         """Nothing to do: networks come with their weights."""
+
+    def train(self, mode: bool = True) -> 'DiffusionModel':
+        """Sets the training mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
 
     # Networks
 
@@ -226,8 +234,10 @@ class DiffusionModel(BaseModel):
         network = unwrap(getattr(self, role))
         training = network.training
         network.eval()
-        latents = euler_sample(velocity, noise, sigmas)
-        network.train(training)
+        try:
+            latents = euler_sample(velocity, noise, sigmas)
+        finally:
+            network.train(training)
         return self.backbone.codec.decode(latents)
 
     def forward(self, mode: str = 'predict', **data: Any) -> List[Dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 A method is this class with its defaults: a time grid, a set of losses, an update ratio.
 """
+import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -17,6 +18,7 @@ from cdm_plugin.losses.base import ScoreQuery, build_sampler
 from cdm_plugin.methods.base import DiffusionModel, frozen
 from cdm_plugin.networks import make_anchor_aware, merge_weights
 from cdm_plugin.rollout import Prediction, rollout
+from cdm_plugin.time_grids import DynamicTimeGrid, FixedTimeGrid
 
 # The terms that some method of the family has. A partial override of one that this method lacks is left aside, so
 # that changing model.type alone swaps methods.
@@ -59,7 +61,7 @@ class Distillation(DiffusionModel):
         self.fake_merge = self.default_fake_merge if fake_merge is None else fake_merge
         self.max_batch_per_call = max_batch_per_call
         self._check_numbers()
-        self.time_grid = TASK_UTILS.build(_override(self.default_time_grid(), time_grid or {}))
+        self.time_grid = TASK_UTILS.build(self._time_grid_config(time_grid or {}))
         self.fake_sigma = build_sampler(fake_sigma)
         self.losses = self._build_losses(losses or {})
         self.fake_loss = MODELS.build(dict(type='FlowMatchingLoss'))
@@ -76,18 +78,35 @@ class Distillation(DiffusionModel):
 
     def default_time_grid(self) -> Dict[str, Any]:
         """The method's time grid. Fixed by default: the levels of inference."""
-        return dict(type='FixedTimeGrid', sigmas=self.sample_sigmas.tolist())
+        return dict(type='FixedTimeGrid')
 
     def default_losses(self) -> Dict[str, Dict[str, Any]]:
         """The method's losses by name."""
         raise NotImplementedError
 
+    def _time_grid_config(self, override: Dict[str, Any]) -> Dict[str, Any]:
+        cfg = self.default_time_grid()
+        if 'type' not in override:
+            known = set(inspect.signature(TASK_UTILS.get(cfg['type'])).parameters)
+            siblings = {k for grid in (FixedTimeGrid, DynamicTimeGrid) for k in inspect.signature(grid).parameters}
+            for key in sorted(override.keys() & siblings - known):
+                print_log(f'model.time_grid.{key} does not apply to {cfg["type"]}: left aside', 'current')
+            override = {k: v for k, v in override.items() if k in known or k not in siblings}
+        cfg = _override(cfg, override)
+        if cfg['type'] == 'FixedTimeGrid':
+            cfg.setdefault('sigmas', self.sample_sigmas.tolist())
+        return cfg
+
     def _check_numbers(self) -> None:
+        if self.backbone.dtype == torch.bfloat16:
+            raise ValueError("model.backbone.dtype='bfloat16' cannot be trained (small updates are lost in rounding): "
+                             "leave it float32 and set optim_wrapper.*: type='AmpOptimWrapper', dtype='bfloat16'")
         if not isinstance(self.student_every, int) or self.student_every < 1:
             raise ValueError(f'model.student_every must be a whole number of 1 or more, but is {self.student_every!r}')
         if not 0 <= self.fake_merge <= 1:
             raise ValueError(f'model.fake_merge must lie in [0, 1], but is {self.fake_merge}')
-        if self.max_batch_per_call is not None and self.max_batch_per_call < 1:
+        if self.max_batch_per_call is not None and not (
+                isinstance(self.max_batch_per_call, int) and self.max_batch_per_call >= 1):
             raise ValueError(f'model.max_batch_per_call must be 1 or more, or None, but is {self.max_batch_per_call}')
 
     def _build_losses(self, overrides: Dict[str, Any]) -> nn.ModuleDict:
@@ -99,7 +118,7 @@ class Distillation(DiffusionModel):
                                      'one itself: rename it in the plug-in, or set CDM_DISABLE_PLUGINS=1')
                 configs[name] = cfg
         for name, override in overrides.items():
-            if name not in configs and not (override and 'type' in override):
+            if name not in configs and not (isinstance(override, dict) and 'type' in override):
                 if name not in FAMILY_TERMS:
                     raise ValueError(f'model.losses.{name} is unknown: {type(self).__name__} has {sorted(configs)}; '
                                      'give a type to add a loss')
@@ -120,7 +139,6 @@ class Distillation(DiffusionModel):
         """Sets the training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
-        self.backbone.eval()
         return self
 
     # One iteration
@@ -246,6 +264,8 @@ def gradient_cosine(loss_a: Tensor, loss_b: Tensor, x0: Tensor) -> Tensor:
 
 def _override(default: Dict[str, Any], override: Dict[str, Any]) -> Dict[str, Any]:
     """A part's config: replaced if the override names another type, changed in single arguments otherwise."""
+    if not isinstance(override, dict):
+        raise ValueError(f'model.losses.* and model.time_grid must be dicts such as {default}, but one is {override!r}')
     if override.get('type', default.get('type')) != default.get('type'):
         return dict(override)
     return {**default, **override}

@@ -1,5 +1,6 @@
 from typing import Any, Dict, Optional, Sequence, Union
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -29,6 +30,9 @@ class FlowMatching(DiffusionModel):
         super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, data_preprocessor)
         if not 0 <= drop_rate <= 1:
             raise ValueError(f'model.drop_rate must lie in [0, 1], but is {drop_rate}')
+        if self.backbone.dtype == torch.bfloat16:
+            raise ValueError("model.backbone.dtype='bfloat16' cannot be trained: leave it float32 and set "
+                             "optim_wrapper.student: type='AmpOptimWrapper', dtype='bfloat16'")
         self.sigma, self.drop_rate = build_sampler(sigma), drop_rate
         self.loss = MODELS.build(dict(type='FlowMatchingLoss'))
 

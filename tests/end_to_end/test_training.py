@@ -176,3 +176,21 @@ def test_sample_command_writes_images(tmp_path):
     assert main(['sample', 'asset:digits/teacher', '--prompts', '3', '7', '--num', '2', '--steps', '2',
                  '--guidance-scale', '2', '--out', str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ['0000.png', '0001.png', '0002.png', '0003.png', 'grid.png']
+
+
+@pytest.mark.parametrize('arguments, parts', [
+    (['sample', 'asset:digits/teacher', '--prompts', '1', '--role', 'teacher'], ['has no teacher', 'config']),
+    (['sample', 'asset:digits/teacher', '--prompts', '1', '--checkpoint', 'x.pth'], ['x.pth', 'folder']),
+    (['sample', CDM, '--prompts', '1', '--checkpoint', 'no.pth'], ['no.pth']),
+    (['sample', CDM, '--prompts', '1', '--checkpoint', '{damaged}'], ['damaged.pth']),
+    (['sample', CDM, '--prompts', '1', '--checkpoint', '{other}'], ['other.pth', 'does not fit']),
+    (['sample', CDM, '--prompts', 'eleven'], ['class labels']),
+], ids=['role', 'folder with checkpoint', 'missing', 'damaged', 'other model', 'text'])
+def test_mistakes_in_sampling_are_one_line(arguments, parts, tmp_path, capsys):
+    (tmp_path / 'damaged.pth').write_bytes(b'PK')
+    torch.save(dict(state_dict=dict(a=torch.zeros(1))), tmp_path / 'other.pth')
+    files = {name: str(tmp_path / f'{name}.pth') for name in ('damaged', 'other')}
+    assert main([a.format(**files) for a in arguments] + ['--out', str(tmp_path / 'out')]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(part in error for part in parts), error
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,50 @@
+"""What a config may change of a method, and what it may not."""
+import pytest
+import torch
+from mmengine.registry import MODELS
+from tests_support import tiny_backbone, tiny_method
+
+
+def test_partial_overrides_change_single_arguments():
+    method = tiny_method('CDM', losses=dict(cdm=dict(weight=0.3), dm=None), time_grid=dict(max_steps=4), alpha=2.0)
+    assert set(method.losses) == {'ca', 'cdm'}
+    assert (method.losses['cdm'].weight, method.losses['cdm'].alpha, method.losses['ca'].alpha) == (0.3, 2.0, 2.0)
+    assert (method.time_grid.max_steps, method.time_grid.low) == (4, 0.25)
+
+
+@pytest.mark.parametrize('type', ['DMD2', 'DecoupledDMD'])
+def test_what_only_a_sibling_has_is_left_aside(type):
+    method = tiny_method(type, losses=dict(cdm=dict(guided=True)), time_grid=dict(max_steps=4))
+    assert 'cdm' not in method.losses
+    assert method.time_grid.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_fixed_grid_takes_the_inference_levels_by_default():
+    method = tiny_method('CDM', time_grid=dict(type='FixedTimeGrid'), sample_sigmas=[1.0, 0.5])
+    assert method.time_grid.sigmas.tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize('override, match', [
+    (dict(losses=dict(ca=3)), 'must be dicts'), (dict(losses=dict(ca=dict(min_norm=0))), 'min_norm'),
+    (dict(losses=dict(ca=None, dm=None, cdm=None)), 'every loss'), (dict(max_batch_per_call=2.5), 'max_batch_per_call'),
+    (dict(time_grid=dict(max_step=3)), 'max_step'), (dict(image_size=10), 'image_size'),
+    (dict(image_size=64), 'image_size')])
+def test_mistakes_name_the_key(override, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        tiny_method('CDM', **override)
+
+
+@pytest.mark.parametrize('type', ['CDM', 'FlowMatching'])
+def test_pure_bfloat16_weights_are_refused(type):
+    with pytest.raises(ValueError, match='AmpOptimWrapper'):
+        MODELS.build(dict(type=type, backbone=tiny_backbone(dtype='bfloat16')))
+
+
+@pytest.mark.parametrize('type', ['CDM', 'FlowMatching'])
+def test_frozen_parts_stay_in_evaluation_mode(type):
+    method = tiny_method(type).train()
+    method.backbone.codec.add_module('dropout', torch.nn.Dropout())
+    method.train()
+    assert method.student.training
+    assert not any(m.training for m in method.backbone.modules())
+    assert not hasattr(method, 'teacher') or not method.teacher.training
