@@ -18,7 +18,7 @@ CORE = [
 ]
 EXTRAS = {
     'scale': ['deepspeed>=0.18', 'xformers>=0.0.33'],
-    'test': ['pytest>=8', 'setuptools>=77', 'wheel'],
+    'test': ['pytest>=8', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.

@@ -73,6 +73,8 @@ class ScoreLoss(nn.Module):
 
 def build_sampler(cfg: Any) -> Any:
     """Builds a sigma sampler from its config (or passes a built one through)."""
+    if isinstance(cfg, dict) and 'type' not in cfg:
+        raise ValueError(f"a sigma sampler needs a type, for example dict(type='UniformSigma', low=0.1), but is {cfg}")
     return TASK_UTILS.build(dict(cfg)) if isinstance(cfg, dict) else cfg
 
 

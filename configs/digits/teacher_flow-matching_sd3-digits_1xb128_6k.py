@@ -1,7 +1,11 @@
 # Trains the digits teacher that the package carries (cdm_plugin/assets/digits/teacher) from scratch.
 _base_ = ['../_base_/default_runtime.py', '../_base_/models/sd3_digits_new.py', '../_base_/datasets/digits_images.py']
 
-model = dict(type='FlowMatching', sigma=dict(type='LogitNormalSigma'), drop_rate=0.1)
+model = dict(
+    type='FlowMatching',
+    sigma=dict(type='LogitNormalSigma'),
+    drop_rate=0.1,
+    sample_sigmas=[i / 28 for i in range(28, 0, -1)])
 optim_wrapper = dict(
     constructor='DistillationOptimWrapperConstructor',
     student=dict(

@@ -73,7 +73,7 @@ def test_laws_of_symmetry_scale_and_shift():
 
 
 def test_agrees_with_the_matrix_square_root_of_scipy():
-    linalg = pytest.importorskip('scipy.linalg')
+    from scipy import linalg
     a, b = normal(500, 64, seed=1) @ normal(64, 64, seed=3), 0.5 + normal(400, 64, seed=2) @ normal(64, 64, seed=4)
     cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
     root = linalg.sqrtm(cov_a @ cov_b).real
