@@ -7,7 +7,6 @@ from typing import Any, Iterator, Optional
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 
@@ -77,8 +76,8 @@ def anchored(network: nn.Module, anchor_sigma: Optional[Tensor]) -> contextlib.A
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The network itself, without a data-parallel wrapper."""
-    return network.module if is_model_wrapper(network) else network
+    """The network itself, without a data-parallel wrapper or a sharding engine (they all call it `module`)."""
+    return network.module if hasattr(network, 'module') else network
 
 
 @torch.no_grad()

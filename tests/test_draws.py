@@ -243,7 +243,11 @@ def test_laws_of_noise_and_of_the_fake_steps_level():
     normal = torch.distributions.Normal(0.0, 1.0)
     for noise in (draws.noise, draws.fake_noise, draws.losses['dm']['noise']):
         assert ks_distance(noise.flatten(), normal.cdf) < ks_limit(20000)
-    for sigma in (draws.fake_sigma, draws.losses['dm']['sigma'], draws.losses['cdm']['point_sigma']):
+    # sigma_c is no re-noising level: U(0, 1) without a clamp.
+    point_sigma = draws.losses['cdm']['point_sigma']
+    assert ks_distance(point_sigma, lambda s: s) < ks_limit(20000)
+    assert point_sigma.min() < 0.01 and point_sigma.max() > 0.99
+    for sigma in (draws.fake_sigma, draws.losses['dm']['sigma'], draws.losses['cdm']['sigma']):
         assert ks_distance(sigma, lambda s: s) < ks_limit(20000) + 0.02  # 2 % of the mass moves to each clamp
         assert sigma.min() == 0.02 and sigma.max() == 0.98
         assert_share((sigma == 0.02).sum().item(), 20000, 0.02)

@@ -242,7 +242,7 @@ def test_package_that_is_not_properly_installed_says_so(site, monkeypatch, entri
 
 def test_checkout_without_metadata_says_so(monkeypatch):
     monkeypatch.setattr(plugins.metadata, 'distributions', lambda: [])
-    with pytest.raises(ImportError, match=r'is not installed.*`pip install -e \.`.*`pip install cdm_plugin`'):
+    with pytest.raises(ImportError, match=r'is not installed.*`pip install -e \.`.*`pip install \.`'):
         plugins.load()
 
 
