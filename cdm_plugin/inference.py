@@ -45,6 +45,7 @@ def _from_folder(folder: Path) -> DiffusionModel:
         raise FileNotFoundError(f'{str(folder)!r} has no {PARTS_FILE}: it is no folder that `cdm export` wrote')
     parts = json.loads(parts_file.read_text())
     return DiffusionModel(backbone=dict(type=parts['backbone'], pretrained=str(folder)),
+                          image_size=parts.get('image_size'),
                           sample_sigmas=parts.get('sample_sigmas', (1.0, 0.75, 0.5, 0.25)))
 
 
@@ -85,8 +86,10 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True) -
         Path: The folder. `SD3Transformer2DModel.from_pretrained(folder, subfolder='transformer')` opens the network,
         `cdm sample folder` and `backbone.pretrained=folder` the whole.
     """
+    image_size = [side * method.backbone.codec.scale for side in method.latent_size]
     with student_weights(method, ema):
-        method.backbone.save_pretrained(unwrap(method.student), folder, sample_sigmas=method.sample_sigmas.tolist())
+        method.backbone.save_pretrained(unwrap(method.student), folder, image_size=image_size,
+                                        sample_sigmas=method.sample_sigmas.tolist())
     return Path(folder)
 
 

@@ -10,6 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
 from cdm_plugin.engine import StudentEMA
@@ -81,6 +82,8 @@ class CDMHook(Hook):
     @staticmethod
     def _check_data(runner: Any, method: DiffusionModel) -> None:
         dataset = runner.train_dataloader.dataset
+        if isinstance(dataset, IterableDataset):
+            return  # a look would take the sample away
         if len(dataset) == 0:
             raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
         data = method.data_preprocessor([dataset[0]], True)

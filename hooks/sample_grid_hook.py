@@ -5,6 +5,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
 from cdm_plugin.draws import stream
@@ -80,6 +81,9 @@ class SampleGridHook(Hook):
                 samples = [dict(prompt=p) for p in self.prompts[:self.num_images]]
             else:
                 dataset = runner.train_dataloader.dataset
+                if isinstance(dataset, IterableDataset):
+                    raise ValueError('SampleGridHook.prompts is needed with an iterable dataset: a list of texts or '
+                                     'class labels')
                 samples = [dataset[i] for i in range(min(self.num_images, len(dataset)))]
             self._condition = method.backbone.condition(method.data_preprocessor(samples, False)).to(method.device)
         return self._condition

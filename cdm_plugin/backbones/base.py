@@ -82,7 +82,7 @@ class Backbone(nn.Module):
             **recipe: Plain data that says how to use the network, kept beside those configs.
         """
         folder = Path(folder)
-        network.save_pretrained(folder / self.subfolder, safe_serialization=True)
+        network.save_pretrained(folder / 'transformer', safe_serialization=True)
         self.scheduler.save_pretrained(folder / 'scheduler')
         parts = dict(backbone=type(self).__name__, conditioner=self.conditioner.to_config(),
                      codec=self.codec.to_config(), **recipe)
@@ -109,7 +109,7 @@ class Backbone(nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(f'model.backbone.config={config!r} is no file: give the path of a diffusers '
                                         'config.json or the dimensions as a dict')
-            return json.loads(path.read_text())
+            config = json.loads(path.read_text())
         if config is not None:
             return self._with_defaults(dict(config))
         try:

@@ -200,24 +200,22 @@ class DiffusionModel(BaseModel):
 
     @torch.no_grad()
     def sample(self, condition: Condition, noise: Optional[Tensor] = None, sigmas: Optional[Tensor] = None,
-               role: str = 'student', guidance_scale: float = 1.0, seed: int = 0,
-               anchor_sigma: Optional[float] = None) -> Tensor:
+               role: str = 'student', guidance_scale: float = 1.0, anchor_sigma: Optional[float] = None) -> Tensor:
         """Images from noise.
 
         Args:
             condition (Condition): B rows.
-            noise (Tensor, optional): Standard normal, (B, C, h, w). Default: drawn from `seed`.
+            noise (Tensor, optional): Standard normal, (B, C, h, w). Default: the same noise in every call.
             sigmas (Tensor, optional): Noise levels before the scheduler's shift, (N,). Default: `sample_sigmas`.
             role (str): Whose network: 'student', 'fake' or 'teacher'. Default 'student'.
             guidance_scale (float): Classifier-free guidance; 1 is off. Default 1.
-            seed (int): Seed of the noise. Default 0.
             anchor_sigma (float, optional): Anchor of an anchor-aware fake score. Default: the last level.
 
         Returns:
             Tensor: Images in [-1, 1], (B, 3 or 1, H, W).
         """
         if noise is None:
-            noise = torch.randn(self.latent_shape(len(condition)), generator=stream(seed, 'sample'))
+            noise = torch.randn(self.latent_shape(len(condition)), generator=stream(0, 'sample'))
         noise, condition = noise.to(self.device, self.math_dtype), condition.to(self.device)
         sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas)
         anchors = noise.new_full((len(noise),), float(sigmas[-1] if anchor_sigma is None else anchor_sigma))

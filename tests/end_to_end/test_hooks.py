@@ -1,6 +1,21 @@
 """CDMHook against what MMEngine's runner does around it."""
+import itertools
+
 import pytest
 import torch
+from mmengine.registry import DATASETS
+from torch.utils.data import IterableDataset
+
+
+@DATASETS.register_module()
+class StreamedLabels(IterableDataset):
+    """An in-house dataset that cannot be indexed (MMEngine asks every dataset for a length)."""
+
+    def __len__(self):
+        return 1000
+
+    def __iter__(self):
+        return ({'prompt': i % 10} for i in itertools.count())
 
 
 def ema_distance(method):
@@ -47,3 +62,14 @@ def test_a_plain_optimizer_wrapper_names_the_constructor(short_run):
     runner.param_schedulers = None
     with pytest.raises(ValueError, match='DistillationOptimWrapperConstructor'):
         runner.train()
+
+
+def test_a_streamed_dataset_trains_and_the_grid_asks_for_prompts(short_run, tmp_path):
+    def loader():  # merging takes `_delete_` out of it
+        return dict(batch_size=2, num_workers=0, sampler=None, collate_fn=dict(type='default_collate'),
+                    dataset=dict(type='StreamedLabels'), _delete_=True)
+
+    short_run(iters=2, train_dataloader=loader()).train()
+    assert (tmp_path / 'run/iter_2.pth').is_file()
+    with pytest.raises(ValueError, match='SampleGridHook.prompts'):
+        short_run(iters=2, train_dataloader=loader(), **{'custom_hooks.1.prompts': None}).train()

@@ -1,8 +1,12 @@
 """What a config may change of a method, and what it may not."""
+import json
+
 import pytest
 import torch
 from mmengine.registry import MODELS
-from tests_support import tiny_backbone, tiny_method
+from tests_support import TINY_SD3, tiny_backbone, tiny_method
+
+from cdm_plugin.inference import export, load_method
 
 
 def test_partial_overrides_change_single_arguments():
@@ -48,3 +52,16 @@ def test_frozen_parts_stay_in_evaluation_mode(type):
     assert method.student.training
     assert not any(m.training for m in method.backbone.modules())
     assert not hasattr(method, 'teacher') or not method.teacher.training
+
+
+def test_a_network_from_a_config_file_gets_the_defaults_that_the_file_leaves_out(tmp_path):
+    path = tmp_path / 'config.json'
+    path.write_text(json.dumps({k: v for k, v in TINY_SD3.items() if k != 'patch_size'}))  # 2 is diffusers' default
+    backbone = MODELS.build({**tiny_backbone(), 'config': str(path)})
+    assert backbone.config['patch_size'] == 2
+
+
+def test_an_exported_student_keeps_the_image_size_that_it_was_trained_for(tmp_path):
+    method = tiny_method('CDM', dtype=torch.float32, image_size=(4, 8))
+    exported = load_method(str(export(method, tmp_path)), device='cpu')
+    assert exported.latent_size == method.latent_size == (2, 4)
