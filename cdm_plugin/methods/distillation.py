@@ -36,6 +36,7 @@ class Distillation(DiffusionModel):
             arguments, one with `type` replaces or adds a loss, None removes it.
         time_grid (dict, optional): Override of the method's time grid, likewise.
         fake_sigma (dict): Sigma sampler of the fake-score step. Default UniformSigma.
+        fake_loss (dict): Loss of the fake-score step. Default FlowMatchingLoss.
         student_every (int, optional): Iterations (fake-score steps) a student step. Default: the method's.
         fake_merge (float, optional): Share of the student merged into the fake score after each of its steps, in
             [0, 1]. Default: the method's.
@@ -51,6 +52,7 @@ class Distillation(DiffusionModel):
     def __init__(self, backbone: Dict[str, Any], sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  alpha: float = 7.0, losses: Optional[Dict[str, Any]] = None,
                  time_grid: Optional[Dict[str, Any]] = None, fake_sigma: Any = dict(type='UniformSigma'),
+                 fake_loss: Dict[str, Any] = dict(type='FlowMatchingLoss'),
                  student_every: Optional[int] = None, fake_merge: Optional[float] = None,
                  anchor_aware_fake: bool = False, max_batch_per_call: Optional[int] = None,
                  image_size: Union[None, int, Sequence[int]] = None, activation_checkpointing: bool = False,
@@ -64,7 +66,7 @@ class Distillation(DiffusionModel):
         self.time_grid = TASK_UTILS.build(self._time_grid_config(time_grid or {}))
         self.fake_sigma = build_sampler(fake_sigma)
         self.losses = self._build_losses(losses or {})
-        self.fake_loss = MODELS.build(dict(type='FlowMatchingLoss'))
+        self.fake_loss = MODELS.build(dict(fake_loss))
         self.teacher = frozen(self.backbone.build_network())
         self.fake = self.backbone.build_network().requires_grad_(True)
         if anchor_aware_fake:

@@ -20,10 +20,12 @@ class FlowMatching(DiffusionModel):
         sigma (dict): Sigma sampler; the scheduler's shift is applied to its draws. Default LogitNormalSigma.
         drop_rate (float): Share of samples trained with the null condition, for classifier-free guidance, in [0, 1].
             Default 0.1.
+        loss (dict): Loss of the velocity. Default FlowMatchingLoss.
         sample_sigmas, image_size, activation_checkpointing, data_preprocessor: See `DiffusionModel`.
     """
 
     def __init__(self, backbone: Dict[str, Any], sigma: Any = dict(type='LogitNormalSigma'), drop_rate: float = 0.1,
+                 loss: Dict[str, Any] = dict(type='FlowMatchingLoss'),
                  sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  image_size: Union[None, int, Sequence[int]] = None, activation_checkpointing: bool = False,
                  data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
@@ -34,7 +36,7 @@ class FlowMatching(DiffusionModel):
             raise ValueError("model.backbone.dtype='bfloat16' cannot be trained: leave it float32 and set "
                              "optim_wrapper.student: type='AmpOptimWrapper', dtype='bfloat16'")
         self.sigma, self.drop_rate = build_sampler(sigma), drop_rate
-        self.loss = MODELS.build(dict(type='FlowMatchingLoss'))
+        self.loss = MODELS.build(dict(loss))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> Dict[str, Tensor]:
         """One step on a batch of images; see `Distillation.train_step`."""

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from mmengine.registry import MODELS
-from tests_support import TINY_SD3, tiny_backbone, tiny_method
+from tests_support import TINY_SD3, recording_optimizers, tiny_backbone, tiny_method
 
 from cdm_plugin.inference import export, load_method
 
@@ -29,7 +29,8 @@ def test_a_fixed_grid_takes_the_inference_levels_by_default():
 
 
 @pytest.mark.parametrize('override, match', [
-    (dict(losses=dict(ca=3)), 'must be dicts'), (dict(losses=dict(ca=dict(sigma=dict(low=0.1)))), 'needs a type'), (dict(losses=dict(ca=dict(min_norm=0))), 'min_norm'),
+    (dict(losses=dict(ca=3)), 'must be dicts'),
+    (dict(losses=dict(ca=dict(sigma=dict(low=0.1)))), 'needs a type'), (dict(losses=dict(ca=dict(min_norm=0))), 'min_norm'),
     (dict(losses=dict(ca=None, dm=None, cdm=None)), 'every loss'), (dict(max_batch_per_call=2.5), 'max_batch_per_call'),
     (dict(time_grid=dict(max_step=3)), 'max_step'), (dict(image_size=10), 'image_size'),
     (dict(image_size=64), 'image_size')])
@@ -65,3 +66,9 @@ def test_an_exported_student_keeps_the_image_size_that_it_was_trained_for(tmp_pa
     method = tiny_method('CDM', dtype=torch.float32, image_size=(4, 8))
     exported = load_method(str(export(method, tmp_path)), device='cpu')
     assert exported.latent_size == method.latent_size == (2, 4)
+
+
+def test_the_loss_of_the_fake_step_comes_from_the_config(labels):
+    methods = [tiny_method('CDM', fake_loss=dict(type='FlowMatchingLoss', weight=w)) for w in (1.0, 0.5)]
+    whole, half = (m.train_step(labels, recording_optimizers(m))['loss_fake'] for m in methods)
+    assert torch.isclose(half, whole / 2, rtol=1e-12)
