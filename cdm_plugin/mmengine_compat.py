@@ -72,8 +72,8 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     """
     path = os.path.expanduser(filename)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'There is no checkpoint {path}: check the path given on the command line, or load_from '
-                                'of the config')
+        raise FileNotFoundError(f'There is no checkpoint {path}: check the path given on the command line, or '
+                                'load_from of the config')
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -84,8 +84,8 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
             raise
         if os.environ.get(TRUST) != '1':
             raise CheckpointError(
-                f'Checkpoint {path} holds pickled objects ({_unsafe_global(error)}), which can run code when loaded: if '
-                f'you trust where it comes from, set the environment variable {TRUST}=1 and start again (a run with '
+                f'Checkpoint {path} holds pickled objects ({_unsafe_global(error)}), which can run code when loaded: '
+                f'if you trust where it comes from, set the environment variable {TRUST}=1 and start again (a run with '
                 'CDMHook writes none)') from None
     print_log(f'Unpickling the objects of {path}, as {TRUST}=1 says to', logger='current', level=logging.WARNING)
     return torch.load(path, map_location=map_location, weights_only=False)
