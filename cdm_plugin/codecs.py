@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from cdm_plugin.conditioners import absolute_folder, origin
+from cdm_plugin.conditioners import absolute_folder, check_dtype, origin
 
 
 class Codec(nn.Module):
@@ -74,8 +74,10 @@ class VAECodec(Codec):
     def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', **load_kwargs: Any) -> None:
         super().__init__()
         self.vae = AutoencoderKL.from_pretrained(
-            pretrained, subfolder=subfolder, torch_dtype=getattr(torch, dtype), **load_kwargs)
+            pretrained, subfolder=subfolder, torch_dtype=check_dtype(dtype, 'model.backbone.codec.dtype'),
+            **load_kwargs)
         self.vae.requires_grad_(False).eval()
+        self.vae.enable_slicing()  # one image at a time: a batch at full size takes tens of gigabytes
         self.scale = 2**(len(self.vae.config.block_out_channels) - 1)
         self._config = dict(type='VAECodec', pretrained=absolute_folder(pretrained), subfolder=subfolder, dtype=dtype,
                             **origin(load_kwargs))

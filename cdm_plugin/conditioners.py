@@ -1,8 +1,13 @@
 """Conditioners: from prompts (texts or class labels) to a `Condition`."""
+import contextlib
+import logging
+from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Union
 
+import diffusers
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -21,6 +26,19 @@ def absolute_folder(pretrained: str) -> str:
 def origin(load_kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Those of from_pretrained's arguments that say which weights are meant (and are no secret)."""
     return {k: v for k, v in load_kwargs.items() if k in ('revision', 'variant')}
+
+
+def check_dtype(dtype: str, key: str) -> torch.dtype:
+    """A dtype by its name. float16 is refused: its range is too small for T5 and for large transformers.
+
+    Raises:
+        ValueError: If it is none of float32, bfloat16 and float64; names the config's key.
+    """
+    value = getattr(torch, str(dtype), None)
+    if value not in (torch.float32, torch.float64, torch.bfloat16):
+        why = ' (float16 overflows in these models: take bfloat16)' if value is torch.float16 else ''
+        raise ValueError(f'{key} must be float32, bfloat16 or float64, but is {dtype!r}{why}')
+    return value
 
 
 class Conditioner(nn.Module):
@@ -94,58 +112,131 @@ class ClassConditioner(Conditioner):
         return dict(type='ClassConditioner', num_classes=self.num_classes, num_tokens=self.num_tokens)
 
 
-@MODELS.register_module()
-class SD3TextConditioner(Conditioner):
-    """SD3's own text encoders, through `StableDiffusion3Pipeline.encode_prompt`.
+class TokenCount(NamedTuple):
+    """How long prompts are for one text encoder.
+
+    Attributes:
+        encoder (str): Its name.
+        limit (int): Tokens that it takes.
+        lengths (list[int]): Tokens of each prompt.
+    """
+    encoder: str
+    limit: int
+    lengths: List[int]
+
+
+@contextlib.contextmanager
+def _errors_only(*loggers: str) -> Iterator[None]:
+    """Truncation is counted here; diffusers warns of it for every batch, and transformers of an indexing error that
+    will not happen."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in loggers}
+    try:
+        for logger, level in levels.items():
+            logger.setLevel(max(level, logging.ERROR))
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+class PipelineConditioner(Conditioner):
+    """Base class of the text encoders of a diffusers pipeline, called through the pipeline's own `encode_prompt`.
+
+    Prompts that are longer than an encoder takes lose their end, as in the pipeline; `truncated` counts them by
+    encoder, and the first one of each is logged.
 
     Args:
-        pretrained (str): Hub id or folder of a StableDiffusion3 pipeline.
-        t5 (bool): Whether to load the third encoder, T5-XXL (4.7 B parameters). Without it, its tokens are zeros, as
-            in the pipeline. Default True.
-        max_sequence_length (int): Tokens for T5. Default 256, as in the pipeline.
+        pretrained (str): Hub id or folder of the pipeline.
         negative_prompt (str): Text of the null condition. Default ''.
-        dtype (str): Weights' dtype. Default 'float32'.
+        dtype (str): Weights' dtype, 'float32' or 'bfloat16'. Default 'float32'.
+        offload (bool): Whether the encoders wait in the CPU's memory between two batches, and visit the device only
+            to encode one. Default False.
         **load_kwargs: Passed to `from_pretrained` (`revision`, `variant`, ...).
     """
+    # By name: importing a pipeline takes seconds, and models without text encoders skip it.
+    pipeline_name: str
 
-    def __init__(self, pretrained: str, t5: bool = True, max_sequence_length: int = 256, negative_prompt: str = '',
-                 dtype: str = 'float32', **load_kwargs: Any) -> None:
+    def __init__(self, pretrained: str, negative_prompt: str = '', dtype: str = 'float32', offload: bool = False,
+                 **load_kwargs: Any) -> None:
         super().__init__()
-        # Takes seconds; models without text encoders skip it.
-        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+        weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
         hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
-        parts = StableDiffusion3Pipeline.load_config(pretrained, **hub_kwargs)
-        if t5 and (parts.get('text_encoder_3') or [None])[0] is None:
-            raise ValueError(f'{pretrained!r} has no T5 (text_encoder_3): set model.backbone.conditioner.t5=False')
-        without_t5 = {} if t5 else dict(text_encoder_3=None, tokenizer_3=None)
-        with torch.device('meta'):  # encode_prompt asks the network for its width, and for nothing else
-            network = SD3Transformer2DModel.from_config(
-                SD3Transformer2DModel.load_config(pretrained, subfolder='transformer', **hub_kwargs))
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(
-            pretrained, transformer=network, vae=None, torch_dtype=getattr(torch, dtype), **without_t5, **load_kwargs)
-        encoders = [self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.pipeline.text_encoder_3]
-        self.encoders = nn.ModuleList([e for e in encoders if e is not None])
-        self.encoders.requires_grad_(False).eval()
-        self.max_sequence_length, self.negative_prompt = max_sequence_length, negative_prompt
-        self._config = dict(
-            type='SD3TextConditioner', pretrained=absolute_folder(pretrained), t5=t5, dtype=dtype,
-            max_sequence_length=max_sequence_length, negative_prompt=negative_prompt, **origin(load_kwargs))
+        components = self.components(pretrained, **hub_kwargs)
+        self.pipeline = self.pipeline_class().from_pretrained(
+            pretrained, torch_dtype=weights_dtype, **components, **load_kwargs)
+        encoders = nn.ModuleList([part for name, part in self.pipeline.components.items()
+                                  if isinstance(part, nn.Module) and name not in components])
+        encoders.requires_grad_(False).eval()
+        self.negative_prompt, self.offload = negative_prompt, offload
+        # Offloaded encoders do not follow the model to its device: a tuple hides them from nn.Module.
+        self._encoders = (encoders,) if offload else encoders
+        self.register_buffer('_here', torch.empty(0), persistent=False)
+        self.truncated: Counter = Counter()
+        self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), dtype=dtype,
+                            negative_prompt=negative_prompt, **origin(load_kwargs))
+
+    def pipeline_class(self) -> type:
+        """The pipeline whose encoders these are."""
+        return getattr(diffusers, self.pipeline_name)
+
+    def components(self, pretrained: str, **hub_kwargs: Any) -> Dict[str, Any]:
+        """Parts of the pipeline that are given instead of loaded, mostly None."""
+        return dict(transformer=None, vae=None)
+
+    def encode_texts(self, prompts: List[str]) -> Dict[str, Tensor]:
+        """The fields of the condition of B texts, by the pipeline's `encode_prompt`."""
+        raise NotImplementedError
+
+    def count_tokens(self, prompts: List[str]) -> List[TokenCount]:
+        """Lengths of the prompts, for every encoder."""
+        raise NotImplementedError
+
+    @property
+    def encoders(self) -> nn.ModuleList:
+        """The text encoders."""
+        return self._encoders[0] if self.offload else self._encoders
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts are encoded."""
+        return self._here.device
 
     def to_config(self) -> Dict[str, Any]:
         return self._config
 
     @torch.no_grad()
     def encode(self, prompts: Prompts) -> Condition:
+        """Encodes B texts.
+
+        Raises:
+            ValueError: If they are no texts.
+        """
         if not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f'SD3TextConditioner takes texts as prompts, but got {type(prompts).__name__}; '
+            raise ValueError(f'{type(self).__name__} takes texts as prompts, but got {type(prompts).__name__}; '
                              'set model.backbone.conditioner for class labels')
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=list(prompts), prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length, device=next(self.encoders.parameters()).device)
-        return Condition(dict(encoder_hidden_states=tokens, pooled_projections=pooled))
+        prompts = list(prompts)
+        self._count_truncated(prompts)
+        if self.offload:
+            self.encoders.to(self.device)
+        try:
+            with _errors_only('diffusers', 'transformers'):
+                return Condition(self.encode_texts(prompts))
+        finally:
+            if self.offload:
+                self.encoders.to('cpu')
 
     def null(self) -> Condition:
         return self.encode([self.negative_prompt])
+
+    def _count_truncated(self, prompts: List[str]) -> None:
+        for encoder, limit, lengths in self.count_tokens(prompts):
+            longer = [i for i, length in enumerate(lengths) if length > limit]
+            first = not self.truncated[encoder]
+            self.truncated.update({encoder: len(longer)} if longer else {})
+            if longer and first:
+                print_log(f'a prompt of {lengths[longer[0]]} tokens is longer than the {limit} that {encoder} takes, '
+                          f'its end is left out: {prompts[longer[0]][:60]!r}... (logged once; '
+                          'model.backbone.conditioner counts them in `truncated`)', 'current', level=logging.WARNING)
 
 
 @MODELS.register_module()

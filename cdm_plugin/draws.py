@@ -9,7 +9,7 @@ Each quantity has a stream of its own, keyed by its name: adding a loss to a rec
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Generator, Tensor
@@ -24,6 +24,8 @@ def stream(*key: Any) -> Generator:
 def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {k: _move(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_move(v, device, dtype) for v in value)
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
@@ -73,6 +75,8 @@ class Draws(_Movable):
         fake_sigma (Tensor): Noise levels of the fake-score step, (B,).
         fake_noise (Tensor): Noise of the fake-score step, (B, ...).
         losses (dict): For each loss by name, the tensors that its `draw` returned. Empty without a student step.
+        moving (tuple, optional): For each call of the rollout, the indices of the samples that have not arrived, (K,)
+            int64. Default: planned from `anchor`; a plan made on the host spares the device a synchronisation.
     """
     sigmas: Tensor
     anchor: Tensor
@@ -81,6 +85,12 @@ class Draws(_Movable):
     fake_sigma: Tensor
     fake_noise: Tensor
     losses: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
+    moving: Optional[Tuple[Tensor, ...]] = None
+
+    def __post_init__(self) -> None:
+        if self.moving is None:
+            plan = tuple((self.anchor > step).nonzero().flatten() for step in range(self.rollout_steps))
+            object.__setattr__(self, 'moving', plan)
 
     @property
     def anchor_sigma(self) -> Tensor:

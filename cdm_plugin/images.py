@@ -17,12 +17,13 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48) -> np.ndarray:
+def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48, max_side: int = 256) -> np.ndarray:
     """A contact sheet: one row a name, with the name at its left.
 
     Args:
         rows (dict): Name -> images in [-1, 1], (N, 3 or 1, H, W); all of one size.
         min_side (int): Smaller images are enlarged by a whole factor to at least this side. Default 48.
+        max_side (int): Larger images are shrunk to this side, so that a sheet stays a picture. Default 256.
 
     Returns:
         ndarray: uint8 RGB, (height, width, 3).
@@ -30,7 +31,9 @@ def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48) -> np.ndarray:
     pixels = {name: to_pixels(images) for name, images in rows.items()}
     height, width = next(iter(pixels.values())).shape[1:3]
     factor = -(-min_side // min(height, width)) if min(height, width) < min_side else 1
-    height, width = height * factor, width * factor
+    shrink = min(1.0, max_side / max(height, width))
+    height, width = max(1, round(height * factor * shrink)), max(1, round(width * factor * shrink))
+    resampling = Image.Resampling.LANCZOS if shrink < 1 else Image.Resampling.NEAREST
     font = ImageFont.load_default(size=max(12, min(24, height // 4)))
     margin = 4 * GAP + max(int(font.getlength(name)) for name in rows)
     columns = max(len(p) for p in pixels.values())
@@ -40,7 +43,7 @@ def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48) -> np.ndarray:
         top = i * (height + GAP)
         draw.text((GAP, top + height // 2), name, fill='black', font=font, anchor='lm')
         for j, image in enumerate(row):
-            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            tile = Image.fromarray(image).resize((width, height), resampling)
             sheet.paste(tile, (margin + j * (width + GAP), top))
     return np.asarray(sheet)
 

@@ -1,6 +1,6 @@
-"""The networks behind the roles: student, fake score and teacher.
+"""What a role's network needs beyond diffusers': to know the anchor, to be merged, to be found under its wrappers.
 
-Each role has weights of its own, all three from the pretrained model; the teacher is frozen.
+A role is a network of its own, or an adapter of a shared one (lora.py); nothing here depends on which.
 """
 import contextlib
 from typing import Any, Iterator, Optional
@@ -8,6 +8,8 @@ from typing import Any, Iterator, Optional
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
+
+from cdm_plugin.lora import AdapterRole
 
 
 class AnchorEmbedding(nn.Module):
@@ -66,7 +68,11 @@ def make_anchor_aware(network: nn.Module, time_embedder: str, width: int) -> Non
     """
     parameter = next(network.parameters())
     network.anchor_embedding = AnchorEmbedding(width).to(parameter.device, parameter.dtype)
-    network.get_submodule(time_embedder).register_forward_hook(_AddAnchor(network.anchor_embedding))
+    hook = _AddAnchor(network.anchor_embedding)
+    if isinstance(network, AdapterRole):
+        network.add_hook(time_embedder, hook)
+    else:
+        network.get_submodule(time_embedder).register_forward_hook(hook)
 
 
 def anchored(network: nn.Module, anchor_sigma: Optional[Tensor]) -> contextlib.AbstractContextManager:
@@ -78,6 +84,12 @@ def anchored(network: nn.Module, anchor_sigma: Optional[Tensor]) -> contextlib.A
 def unwrap(network: nn.Module) -> nn.Module:
     """The network itself, without a data-parallel wrapper or a sharding engine (they all call it `module`)."""
     return network.module if hasattr(network, 'module') else network
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Dtype of a network's weights; of its base's, for an adapter."""
+    network = unwrap(network)
+    return network.dtype if hasattr(network, 'dtype') else next(network.parameters()).dtype
 
 
 @torch.no_grad()

@@ -45,13 +45,10 @@ def rollout(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], draws) -> Tupl
         tuple: x_n (B, ...) and sigma_n (B,), float32 (float64 if the noise is).
     """
     x = draws.noise.clone()
-    # The split is planned from host numbers: one synchronisation an iteration rather than one a step.
-    anchors = draws.anchor.tolist()
-    for step in range(draws.rollout_steps):
-        moving = [i for i, anchor in enumerate(anchors) if anchor > step]
-        index = torch.tensor(moving or [0], device=x.device)
+    for step, moving in enumerate(draws.moving):
+        index = moving if len(moving) else moving.new_zeros(1)
         sigma, next_sigma = (s.expand(len(index)) for s in draws.sigmas[step:step + 2])
         answer = velocity(x[index], sigma, index)
-        if moving:
+        if len(moving):
             x[index] = extrapolate(x[index], answer, sigma, next_sigma)
     return x, draws.anchor_sigma

@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
@@ -29,8 +29,9 @@ def method_of(runner: Any) -> DiffusionModel:
 
 @HOOKS.register_module()
 class CDMHook(Hook):
-    """What every run of a method needs from the runner: the iteration and the seed, the student's moving average, a
-    first look at the data, and checkpoints of plain tensors.
+    """What every run of a method needs from the runner: the iteration and the seed, the student's moving average, the
+    attention kernel, a first look at the data, scalars that wait on the device until they are logged, and checkpoints
+    of plain tensors.
 
     The average (`method.student_ema`) replaces the student's weights in validation and test, and is in every
     checkpoint under `student_ema`.
@@ -50,6 +51,8 @@ class CDMHook(Hook):
         # Whether the average belongs to the student's present weights: not before a checkpoint or training says so.
         self._ema_loaded = False
         self._swapped: Optional[contextlib.ExitStack] = None
+        self._logs: List[Dict[str, Any]] = []
+        self._log_intervals: List[int] = []
 
     def before_run(self, runner: Any) -> None:
         """Hands over the seed and starts the EMA."""
@@ -76,8 +79,32 @@ class CDMHook(Hook):
         if method.student_ema is not None and not (runner._resume and self._ema_loaded):
             method.student_ema.reset()
             self._ema_loaded = True
+        method.autocast_dtype = getattr(runner.optim_wrapper['student'], 'dtype', None)
+        method.set_attention(method.autocast_dtype)
+        self._defer_logs(runner, method)
         self._check_data(runner, method)
         self._check_accumulation(runner, method)
+
+    def _defer_logs(self, runner: Any, method: DiffusionModel) -> None:
+        """Scalars wait on the device until the logger wants them: MMEngine would wait for the device once a scalar in
+        every iteration."""
+        self._log_intervals = [hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)]
+        self._logs.clear()
+        method.log_sink = self._logs.append
+
+    def _logs_are_due(self, runner: Any, batch_idx: int) -> bool:
+        """Whether a LoggerHook, which comes later, reads them in this iteration."""
+        return (any(self.every_n_inner_iters(batch_idx, interval) for interval in self._log_intervals)
+                or self.end_of_epoch(runner.train_dataloader, batch_idx) or self.is_last_train_iter(runner))
+
+    def _flush_logs(self, runner: Any) -> None:
+        """Brings the waiting scalars to the host in one copy, and into MMEngine's history in their order."""
+        tensors = [value for logs in self._logs for value in logs.values() if isinstance(value, Tensor)]
+        numbers = iter(torch.stack([t.detach().float() for t in tensors]).tolist() if tensors else [])
+        for logs in self._logs:
+            for key, value in logs.items():
+                runner.message_hub.update_scalar(f'train/{key}', next(numbers) if isinstance(value, Tensor) else value)
+        self._logs.clear()
 
     @staticmethod
     def _check_data(runner: Any, method: DiffusionModel) -> None:
@@ -99,8 +126,8 @@ class CDMHook(Hook):
     @staticmethod
     def _check_accumulation(runner: Any, method: DiffusionModel) -> None:
         """Gradients that wait for their update are in no checkpoint."""
-        cycle = max(w._accumulative_counts * (getattr(method, 'student_every', 1) if role == 'student' else 1)
-                    for role, w in runner.optim_wrapper.items())
+        cycle = max((w._accumulative_counts * (getattr(method, 'student_every', 1) if role == 'student' else 1)
+                     for role, w in runner.optim_wrapper.items() if w._accumulative_counts > 1), default=1)
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook) and hook.interval > 0 and not hook.by_epoch and hook.interval % cycle:
                 print_log(f'default_hooks.checkpoint.interval={hook.interval} is no multiple of {cycle} (student_every '
@@ -116,6 +143,8 @@ class CDMHook(Hook):
         method = method_of(runner)
         if method.student_updated and method.student_ema is not None:
             method.student_ema.update()
+        if self._logs and self._logs_are_due(runner, batch_idx):
+            self._flush_logs(runner)
         if method.anchor_sigma is not None:
             self.anchor_sigmas.append(method.anchor_sigma)
         if self.anchor_sigmas and self.every_n_train_iters(runner, self.histogram_interval):
@@ -161,6 +190,9 @@ class CDMHook(Hook):
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Adds the EMA, and turns MMEngine's objects into tensors and plain data (torch's weights_only)."""
         method = method_of(runner)
+        if self._logs:
+            self._flush_logs(runner)
+            checkpoint['message_hub'] = runner.message_hub.state_dict()
         if method.student_ema is not None:
             checkpoint['student_ema'] = method.student_ema.state_dict()
         checkpoint['message_hub'] = pack_message_hub(checkpoint['message_hub'])

@@ -4,8 +4,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from mmengine.registry import MODELS
 
-from cdm_plugin.backbones import SD3Backbone
-from cdm_plugin.conditioners import ClassConditioner, Conditioner, SD3TextConditioner
+from cdm_plugin.backbones import SD3Backbone, SD3TextConditioner
+from cdm_plugin.conditioners import ClassConditioner, Conditioner
 from cdm_plugin.data.embedding_files import write_embeddings
 from cdm_plugin.inference import export, load_method, sample_prompts
 from tests_support import tiny_backbone

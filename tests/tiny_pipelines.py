@@ -1,48 +1,105 @@
-"""A StableDiffusion3 pipeline of a few thousand random weights, built without a download."""
+"""Pipelines of a few thousand random weights, one for each architecture, built without a download."""
 import json
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
+                       LongCatImagePipeline, LongCatImageTransformer2DModel, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
+from mmengine.registry import MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast,
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer,
+                          PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer,
                           T5Config, T5EncoderModel)
 
-LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+import cdm_plugin  # noqa: F401  registers everything
+
+# Every byte is a token, so that any text is made of known ones.
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+PROMPTS = ['a "red" fox', 'dogs and birds']
+QWEN_SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>',
+                '<|image_pad|>', '<|video_pad|>']
 
 
 def clip_tokenizer(folder):
-    """Every letter is a token."""
-    tokens = [*LETTERS, *(letter + '</w>' for letter in LETTERS), '<|startoftext|>', '<|endoftext|>']
+    tokens = [*BYTES, *(byte + '</w>' for byte in BYTES), '<|startoftext|>', '<|endoftext|>']
     folder.mkdir(parents=True)
     (folder / 'vocab.json').write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / 'merges.txt').write_text('#version: 0.2\n')
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def clip_encoder(vocabulary, width):
-    return CLIPTextModelWithProjection(CLIPTextConfig(
+def clip_encoder(vocabulary, width, model=CLIPTextModelWithProjection):
+    return model(CLIPTextConfig(
         vocab_size=vocabulary, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
         hidden_size=width, projection_dim=width, intermediate_size=24, num_attention_heads=2, num_hidden_layers=3,
-        max_position_embeddings=77))
+        max_position_embeddings=77)).eval()
 
 
 def t5_tokenizer():
-    """Every letter is a token here too."""
-    vocabulary = {token: i for i, token in enumerate(['<pad>', '</s>', '<unk>', *LETTERS])}
+    vocabulary = {token: i for i, token in enumerate(['<pad>', '</s>', '<unk>', *BYTES])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token='<unk>'))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split('', 'isolated')
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.Split('', 'isolated')])
     tokenizer.post_processor = processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>', eos_token='</s>', unk_token='<unk>')
 
 
-def tiny_vae():
-    """Latents of 4 channels at half the images' side, with a shift and a scale."""
+def t5_encoder(width):
+    return T5EncoderModel(T5Config(vocab_size=3 + len(BYTES), d_model=width, d_kv=8, d_ff=24, num_layers=2,
+                                   num_heads=2)).eval()
+
+
+def qwen_tokenizer(folder):
+    """The word fox is a token too: it makes three in a quotation, of which every character is one."""
+    tokens = [*BYTES, 'ox', 'fox']
+    folder.mkdir(parents=True)
+    (folder / 'vocab.json').write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / 'merges.txt').write_text('#version: 0.2\no x\nf ox\n')
+    special = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
+        tokenizer_class='Qwen2Tokenizer', model_max_length=131072, pad_token='<|endoftext|>', eos_token='<|im_end|>',
+        unk_token=None, bos_token=None, additional_special_tokens=QWEN_SPECIAL[1:],
+        added_tokens_decoder={str(len(tokens) + i): dict(special, content=t) for i, t in enumerate(QWEN_SPECIAL)})))
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def qwen_encoder(tokenizer, width):
+    token = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(
+            hidden_size=width, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            rope_parameters=dict(rope_type='default', mrope_section=[1, 1, 2], rope_theta=1e6),
+            vocab_size=len(tokenizer), max_position_embeddings=4096, bos_token_id=token['<|endoftext|>'],
+            eos_token_id=token['<|im_end|>'], pad_token_id=token['<|endoftext|>'], tie_word_embeddings=True),
+        vision_config=dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=width,
+                           window_size=112, fullatt_block_indexes=[0]),
+        image_token_id=token['<|image_pad|>'], video_token_id=token['<|video_pad|>'],
+        vision_start_token_id=token['<|vision_start|>'], vision_end_token_id=token['<|vision_end|>'])).eval()
+
+
+def tiny_vae(latent_channels=4, blocks=2):
+    """An autoencoder with a shift and a scale, that halves the images' side `blocks` - 1 times."""
     return AutoencoderKL(
-        sample_size=16, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(4, 8),
-        layers_per_block=1, norm_num_groups=2, down_block_types=('DownEncoderBlock2D',) * 2,
-        up_block_types=('UpDecoderBlock2D',) * 2, use_quant_conv=False, use_post_quant_conv=False,
-        shift_factor=0.0609, scaling_factor=1.5305)
+        sample_size=16, in_channels=3, out_channels=3, latent_channels=latent_channels,
+        block_out_channels=(4, *[8] * (blocks - 1)), layers_per_block=1, norm_num_groups=2,
+        down_block_types=('DownEncoderBlock2D',) * blocks, up_block_types=('UpDecoderBlock2D',) * blocks,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305)
+
+
+def perturbed(transformer):
+    """Fresh networks have zero gates and biases, and would ignore their condition."""
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return transformer
+
+
+def saved(pipeline, folder):
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
 
 
 def save_tiny_sd3(folder, t5=True, seed=0):
@@ -58,21 +115,105 @@ def save_tiny_sd3(folder, t5=True, seed=0):
     """
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer(Path(folder, 'clip_files'))
-    encoders = [clip_encoder(len(tokenizer), 16).eval() for _ in range(2)]
-    transformer = SD3Transformer2DModel(
+    encoders = [clip_encoder(len(tokenizer), 16) for _ in range(2)]
+    transformer = perturbed(SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, pos_embed_max_size=8, num_layers=2,
         num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16, joint_attention_dim=40,
-        pooled_projection_dim=32, qk_norm='rms_norm', dual_attention_layers=(0,))
-    with torch.no_grad():  # fresh networks have zero gates, and would ignore their condition
-        for parameter in transformer.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    third = dict(text_encoder_3=None, tokenizer_3=None)
-    if t5:
-        config = T5Config(vocab_size=29, d_model=40, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
-        third = dict(text_encoder_3=T5EncoderModel(config).eval(), tokenizer_3=t5_tokenizer())
-    pipeline = StableDiffusion3Pipeline(
+        pooled_projection_dim=32, qk_norm='rms_norm', dual_attention_layers=(0,)))
+    third = dict(text_encoder_3=t5_encoder(40) if t5 else None, tokenizer_3=t5_tokenizer() if t5 else None)
+    return saved(StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=tiny_vae(),
-        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer, **third)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.save_pretrained(folder)
-    return pipeline
+        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer, **third),
+        folder)
+
+
+def save_tiny_longcat(folder, seed=0):
+    """Writes a LongCat-Image pipeline: 8x8 latents of 64x64 images, the scheduler of the real model.
+
+    Args:
+        folder (Path): Where to write.
+        seed (int): Of the weights. Default 0.
+
+    Returns:
+        LongCatImagePipeline: What was written. Loading it takes `text_processor=None`.
+    """
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer(Path(folder, 'qwen_files'))
+    transformer = perturbed(LongCatImageTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[2, 2, 4]))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=4096)
+    return saved(LongCatImagePipeline(
+        transformer=transformer, scheduler=scheduler, vae=tiny_vae(latent_channels=16, blocks=4), tokenizer=tokenizer,
+        text_encoder=qwen_encoder(tokenizer, 16), text_processor=None), folder)
+
+
+def save_tiny_flux(folder, guidance_embeds=False, seed=0):
+    """Writes a Flux pipeline: 8x8 latents of 16x16 images, a shift that depends strongly on their number.
+
+    Args:
+        folder (Path): Where to write.
+        guidance_embeds (bool): Whether the network is told a guidance, as FLUX.1-dev. Default False.
+        seed (int): Of the weights. Default 0.
+
+    Returns:
+        FluxPipeline: What was written.
+    """
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer(Path(folder, 'clip_files'))
+    transformer = perturbed(FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance_embeds))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.3, max_shift=1.5, base_image_seq_len=4, max_image_seq_len=64)
+    return saved(FluxPipeline(
+        transformer=transformer, scheduler=scheduler, vae=tiny_vae(), tokenizer=tokenizer,
+        text_encoder=clip_encoder(len(tokenizer), 16, CLIPTextModel), tokenizer_2=t5_tokenizer(),
+        text_encoder_2=t5_encoder(16)), folder)
+
+
+class Tiny:
+    """A pipeline in a folder, as diffusers loads it, and methods over the same folder.
+
+    Args:
+        name (str): Of the architecture.
+        backbone (type): Its backbone.
+        folder (Path): Where its pipeline lies.
+        size (int): Pixels of an image's side.
+        loading (dict): What `from_pretrained` of the pipeline takes.
+        options (dict): What every call of the pipeline takes.
+        guidance (str): The pipeline's name of classifier-free guidance.
+    """
+
+    def __init__(self, name, backbone, folder, size=16, loading=None, options=None, guidance='guidance_scale'):
+        self.name, self.backbone, self.folder, self.size = name, backbone, str(folder), size
+        self.options, self.guidance = options or {}, guidance
+        self.pipeline = getattr(diffusers, backbone.pipeline_name).from_pretrained(folder, **(loading or {}))
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.vae.enable_slicing()  # as in VAECodec; rounding depends on the batch
+
+    def method(self, type='FlowMatching', backbone=None, **kwargs):
+        """A method over this folder; `backbone` changes single arguments of its backbone."""
+        backbone = {'type': self.backbone.__name__, 'pretrained': self.folder, **(backbone or {})}
+        return MODELS.build({'type': type, 'image_size': self.size, 'backbone': backbone, **kwargs})
+
+    def noise(self, height=8, width=8, seed=1):
+        channels = self.pipeline.vae.config.latent_channels
+        return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+    def images(self, noise, guidance=1.0, **kwargs):
+        """The pipeline's images of PROMPTS, in [-1, 1]."""
+        height, width = noise.shape[2:]
+        scale = self.pipeline.vae_scale_factor
+        if hasattr(self.pipeline, '_pack_latents'):
+            noise = self.pipeline._pack_latents(noise, *noise.shape)
+        if self.guidance == 'true_cfg_scale':
+            kwargs['negative_prompt'] = ['', '']
+        if 'sigmas' in kwargs:
+            kwargs['num_inference_steps'] = len(kwargs['sigmas'])
+        images = self.pipeline(
+            prompt=PROMPTS, latents=noise, height=scale * height, width=scale * width, output_type='pt',
+            **{self.guidance: guidance}, **dict(self.options, **kwargs)).images
+        return 2 * images - 1

@@ -2,16 +2,23 @@
 
 A shard is a safetensors file whose tensors are the fields of the condition (`encoder_hidden_states` (N, L, D),
 `pooled_projections` (N, P), ...), one row a sample; its metadata may hold the prompts, under `prompts`, as a JSON list.
+A folder that `cdm cache` made has an index beside its shards, which says what they hold and who encoded it.
 """
+import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+NULL = 'null.safetensors'
+INDEX = 'index.json'
+INDEX_VERSION = 1
+INDEX_KEYS = ('prompts', 'shard_size', 'dtype', 'encoder', 'source', 'fields', 'shards')
 
 
 class ShardHeader(NamedTuple):
@@ -47,13 +54,29 @@ def write_embeddings(path: str, fields: Dict[str, Tensor], prompts: Optional[Lis
     if not fields or len(set(rows.values())) != 1:
         raise ValueError(f'embeddings need fields with one row a sample, but have these numbers of rows: {rows}')
     metadata = {} if prompts is None else dict(prompts=json.dumps(list(prompts), ensure_ascii=False))
-    # save_file refuses tensors that share memory, as slices of one batch do.
-    tensors = {name: field.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, field in fields.items()}
+    tensors = _unshared(fields)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f'{target.name}.part')
-    save_file(tensors, part, metadata=metadata)
+    try:
+        save_file(tensors, part, metadata=metadata)
+    except BaseException:  # a full disk should not keep what nobody can read
+        part.unlink(missing_ok=True)
+        raise
     os.replace(part, target)
+
+
+def _unshared(fields: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The fields on the CPU, each with memory of its own: save_file refuses slices of one batch. A shard may fill a
+    good part of the memory, so only those that need it are copied."""
+    tensors, seen = {}, set()
+    for name, field in fields.items():
+        field = field.detach().cpu()
+        storage = field.untyped_storage()
+        if not field.is_contiguous() or storage.nbytes() != field.nbytes or storage.data_ptr() in seen:
+            field = field.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+        tensors[name] = field
+    return tensors
 
 
 def read_header(path: str) -> ShardHeader:
@@ -97,6 +120,79 @@ def _parse_prompts(path: str, text: Optional[str]) -> Optional[List[str]]:
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"shard {path}: 'prompts' in its metadata is not a JSON list of texts")
     return prompts
+
+
+def hash_prompts(prompts: Sequence[str]) -> str:
+    """SHA-256 of a list of prompts, in its order, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def read_index(folder: Union[str, Path]) -> Optional[Dict[str, Any]]:
+    """The index of a folder, or None if it has none.
+
+    Args:
+        folder (str): The folder of the shards.
+
+    Returns:
+        dict: As `write_index` wrote it, with `INDEX_KEYS` in it.
+
+    Raises:
+        ValueError: If the index is damaged, or written by a newer version of this package.
+    """
+    path = Path(folder, INDEX)
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError:
+        index = None
+    if isinstance(index, dict) and index.get('version', 0) != INDEX_VERSION:
+        raise ValueError(f'{path} has version {index.get("version")!r}, but this cdm_plugin reads version '
+                         f'{INDEX_VERSION}: update cdm_plugin, or make the folder again with `cdm cache`')
+    absent = [key for key in INDEX_KEYS if not isinstance(index, dict) or key not in index]
+    if absent:
+        raise ValueError(f'{path} is damaged (it has no {absent[0]}): delete the folder and run `cdm cache` again')
+    return index
+
+
+def write_index(folder: Union[str, Path], index: Mapping[str, Any]) -> None:
+    """Writes the index of a folder, whole or not at all."""
+    path = Path(folder, INDEX)
+    part = path.with_name(f'{INDEX}.part')
+    part.write_text(json.dumps(index, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    os.replace(part, path)
+
+
+def describe_shard(path: Union[str, Path], prompts: Sequence[str]) -> Dict[str, Any]:
+    """What the index says of a finished shard: `name`, `rows`, `bytes` and, of its prompts, `sha256`."""
+    path = Path(path)
+    return dict(name=path.name, rows=len(prompts), bytes=path.stat().st_size, sha256=hash_prompts(prompts))
+
+
+def read_indexed_header(folder: Union[str, Path], entry: Mapping[str, Any]) -> ShardHeader:
+    """Reads what a shard holds, but no tensor, and compares it with the index.
+
+    Args:
+        folder (str): The folder of the shards.
+        entry (dict): What the index says of the shard, as `describe_shard` made it.
+
+    Returns:
+        ShardHeader: Its fields, number of samples and prompts.
+
+    Raises:
+        ValueError: If the shard is missing, damaged, or has another size, number of rows or other prompts.
+    """
+    path = Path(folder, entry['name'])
+    if not path.is_file():
+        raise ValueError(f'shard {path} is missing')
+    if path.stat().st_size != entry['bytes']:
+        raise ValueError(f'shard {path} has {path.stat().st_size} bytes instead of {entry["bytes"]}')
+    header = read_header(str(path))
+    if header.rows != entry['rows']:
+        raise ValueError(f'shard {path} has {header.rows} rows instead of {entry["rows"]}')
+    if hash_prompts(header.prompts or []) != entry['sha256']:
+        raise ValueError(f'shard {path} holds other prompts than the index says')
+    return header
 
 
 class EmbeddingReader:

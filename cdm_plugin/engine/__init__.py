@@ -1,4 +1,5 @@
 from cdm_plugin.engine.ema import StudentEMA
-from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, DistillationOptimWrapperConstructor
+from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, DistillationOptimWrapperConstructor, RoleOptimWrapper
 
-__all__ = ['AutocastOptimWrapper', 'DistillationOptimWrapperConstructor', 'StudentEMA']
+__all__ = ['AutocastOptimWrapper', 'DistillationOptimWrapperConstructor', 'RoleOptimWrapper',
+           'StudentEMA']

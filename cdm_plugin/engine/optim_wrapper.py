@@ -8,11 +8,23 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
-from torch import nn
+from torch import Tensor, nn
 
 
 @OPTIM_WRAPPERS.register_module()
-class AutocastOptimWrapper(OptimWrapper):
+class RoleOptimWrapper(OptimWrapper):
+    """MMEngine's OptimWrapper, but the norm of the gradients stays on the device (`grad_norm`) until it is logged:
+    MMEngine's own waits for the device in every step. Arguments as there."""
+    grad_norm: Optional[Tensor] = None
+
+    def _clip_grad(self) -> None:
+        params = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        if params:
+            self.grad_norm = self.clip_func(params, **self.clip_grad_kwargs)
+
+
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(RoleOptimWrapper):
     """bfloat16 autocast around float32 weights, on any device.
 
     MMEngine's AmpOptimWrapper runs on accelerators only and scales the loss, which bfloat16 (with float32's range)
@@ -32,7 +44,8 @@ class AutocastOptimWrapper(OptimWrapper):
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Context of the role's forward pass."""
-        device = next(model.parameters()).device.type  # MMEngine's default is the machine's best device
+        # MMEngine's default is the machine's best device; a network without parameters of its own has no device.
+        device = self.optimizer.param_groups[0]['params'][0].device.type
         with super().optim_context(model), autocast(device, self.dtype):
             yield
 
@@ -48,6 +61,10 @@ class RoleOptimWrapperDict(OptimWrapperDict):
             wrapper.initialize_count_status(getattr(model, role), cur_iter // every, max_iters // every)
 
 
+# MMEngine's wrappers, and ours in their place.
+OWN_WRAPPERS = dict(OptimWrapper='RoleOptimWrapper', AmpOptimWrapper='AutocastOptimWrapper')
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DistillationOptimWrapperConstructor:
     """Builds one optimizer wrapper a trained role, from a config keyed by role.
@@ -59,7 +76,8 @@ class DistillationOptimWrapperConstructor:
             student=dict(type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='AdamW', lr=1e-5)),
             fake=dict(type='AmpOptimWrapper', dtype='bfloat16', optimizer=dict(type='AdamW', lr=5e-6)))
 
-    AmpOptimWrapper with bfloat16 becomes AutocastOptimWrapper, so that one config runs on CPU and GPU.
+    OptimWrapper becomes RoleOptimWrapper, and AmpOptimWrapper with bfloat16 AutocastOptimWrapper, so that one config
+    runs on CPU and GPU. float16 is refused: it overflows in the backbones' larger models.
 
     Args:
         optim_wrapper_cfg (dict): Role -> config of its wrapper (any keys of MMEngine's, `paramwise_cfg` included).
@@ -96,10 +114,10 @@ class DistillationOptimWrapperConstructor:
     def _build(self, role: str, network: nn.Module) -> OptimWrapper:
         cfg = dict(self.configs[role])
         cfg.setdefault('type', 'OptimWrapper')
-        if cfg['type'] == 'AmpOptimWrapper' and cfg.get('dtype') == 'bfloat16':
+        if cfg['type'] == 'AmpOptimWrapper':
+            if cfg.get('dtype', 'float16') != 'bfloat16':
+                raise ValueError(f"optim_wrapper.{role}.dtype must be 'bfloat16' (float16 overflows in these models), "
+                                 f"but is {cfg.get('dtype', 'float16, the default of AmpOptimWrapper')!r}")
             cfg.pop('loss_scale', None)
-            cfg['type'] = 'AutocastOptimWrapper'
-        wrapper = build_optim_wrapper(network, cfg)
-        if wrapper.clip_grad_kwargs:
-            wrapper.grad_name = f'{wrapper.grad_name}_{role}'
-        return wrapper
+        cfg['type'] = OWN_WRAPPERS.get(cfg['type'], cfg['type'])
+        return build_optim_wrapper(network, cfg)

@@ -1,21 +1,26 @@
 """What every method is: an MMEngine model with a backbone, a student network, and a way to sample from it."""
 import contextlib
 from collections import Counter
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from cdm_plugin import plugins
+from cdm_plugin.attention import set_attention
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
 from cdm_plugin.draws import stream
-from cdm_plugin.networks import anchored, unwrap
+from cdm_plugin.lora import LoRA, checkpoint_in_role
+from cdm_plugin.networks import anchored, dtype_of, unwrap
 from cdm_plugin.sampling import euler_sample
 from cdm_plugin.time_grids import check_sigmas
+
+ROLES = ('student', 'fake', 'teacher')
 
 
 class DiffusionModel(BaseModel):
@@ -29,6 +34,8 @@ class DiffusionModel(BaseModel):
             network was made for.
         activation_checkpointing (bool): Whether trained networks recompute their activations in backward. Default
             False.
+        lora (dict, optional): Settings of `cdm_plugin.lora.LoRA`, `dict(rank=64)`: trained roles are adapters of one
+            frozen base. Default: full weights.
         data_preprocessor (dict, optional): Default DistillationDataPreprocessor.
 
     Attributes:
@@ -37,35 +44,85 @@ class DiffusionModel(BaseModel):
         student_updated (bool): Whether the last train_step changed the student's weights.
         anchor_sigma (Tensor): Noise levels of the last train_step's anchors, (B,); None without anchors.
         student_ema: The student's moving average, or None; kept by CDMHook.
+        autocast_dtype (torch.dtype): Dtype of autocast when the networks sample, or None; kept by CDMHook.
+        log_sink (Callable): Takes the scalars of an iteration in place of `train_step`'s caller, or None; kept by
+            CDMHook, which brings them to the host when they are due.
         calls (Counter): Network calls of the last train_step by (role, with gradient).
         call_samples (Counter): The same, counted in samples.
     """
-    frozen_prefixes: Tuple[str, ...] = ('backbone.',)
+    frozen_prefixes: Tuple[str, ...] = ('backbone.', 'base.')
 
     def __init__(self, backbone: Dict[str, Any], sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  image_size: Union[None, int, Sequence[int]] = None, activation_checkpointing: bool = False,
-                 data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
+                 lora: Optional[Dict[str, Any]] = None, data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
         super().__init__(data_preprocessor or dict(type='DistillationDataPreprocessor'))
         self.sample_sigmas = check_sigmas(sample_sigmas, 'model.sample_sigmas')
         self.backbone: Backbone = MODELS.build(dict(backbone)) if isinstance(backbone, dict) else backbone
         self.latent_size = self._latent_size(image_size)
-        self.student = self.backbone.build_network()
-        self.student.requires_grad_(True)
+        self.lora = None if lora is None else LoRA.from_config(lora)
         self.activation_checkpointing = activation_checkpointing
-        if activation_checkpointing:
-            self.student.enable_gradient_checkpointing()
+        # The network whose adapters the roles are; None if each role has weights of its own.
+        self.base = None if self.lora is None else frozen(self.backbone.build_network())
+        if self.base is not None and activation_checkpointing:
+            self.base.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint_in_role)
+        self.student = self.build_trained('student')
         self.iteration: Optional[int] = None
         self.seed: Optional[int] = None
         self.student_updated = False
         self.student_ema = None
         self.anchor_sigma: Optional[Tensor] = None
         self.validation_batches = 0
+        self.autocast_dtype: Optional[torch.dtype] = None
+        self.log_sink: Optional[Callable[[Dict[str, Any]], None]] = None
         self.calls: Counter = Counter()
         self.call_samples: Counter = Counter()
         self._optim_wrapper = None
         self._null: Optional[Condition] = None
         self.register_state_dict_post_hook(self._drop_frozen)
         self.register_load_state_dict_post_hook(self._forgive_frozen)
+
+    def check_trainable(self) -> None:
+        """Raises ValueError for weights that only a frozen network may have."""
+        if self.base is None and self.backbone.dtype == torch.bfloat16:
+            raise ValueError("model.backbone.dtype='bfloat16' cannot be trained without model.lora (small updates are "
+                             "lost in rounding): leave it float32 and set optim_wrapper.*: type='AmpOptimWrapper', "
+                             "dtype='bfloat16'")
+        if self.base is None and self.backbone.quantization is not None:
+            raise ValueError('model.backbone.quantization needs model.lora: quantised weights cannot be trained')
+
+    def set_attention(self, dtype: Optional[torch.dtype] = None, training: bool = True) -> None:
+        """Switches the networks to the attention kernel that `backbone.attention` asks for, on the device where they
+        are.
+
+        Args:
+            dtype (torch.dtype, optional): What the networks run in under autocast. Default: their own.
+            training (bool): Whether gradients pass through. Default True.
+
+        Raises:
+            ValueError: If that kernel cannot run there.
+        """
+        own = [self.base] if self.base is not None else [getattr(self, role) for role in ROLES if hasattr(self, role)]
+        for network in own:
+            kernel, why = set_attention(network, self.backbone.attention, self.device, dtype or dtype_of(network),
+                                        training)
+        print_log(f'attention: {kernel} ({why})', 'current')
+
+    def build_trained(self, role: str) -> nn.Module:
+        """The network of a trained role: weights of its own, or an adapter of the base."""
+        if self.base is not None:
+            return self.lora.add(self.base, role, self.backbone.lora_targets)
+        network = self.backbone.build_network().requires_grad_(True)
+        if self.activation_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    def set_image_size(self, height: int, width: int) -> None:
+        """Samples and trains at another size from now on, in pixels.
+
+        Raises:
+            ValueError: If the codec or the network cannot.
+        """
+        self.latent_size = self._latent_size((height, width))
 
     def _latent_size(self, image_size: Union[None, int, Sequence[int]]) -> Tuple[int, int]:
         if image_size is None:
@@ -96,6 +153,8 @@ class DiffusionModel(BaseModel):
         """Sets the training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
+        if self.base is not None:
+            self.base.eval()
         return self
 
     # Networks
@@ -144,7 +203,9 @@ class DiffusionModel(BaseModel):
         gradient would silently cut the gradient of a later call.
         """
         if self._optim_wrapper is None:
-            return contextlib.nullcontext()
+            if self.autocast_dtype is None:
+                return contextlib.nullcontext()
+            return torch.autocast(self.device.type, self.autocast_dtype)
         wrapper = self._optim_wrapper[role if role in self.trained_roles else 'student']
         return wrapper.optim_context(getattr(self, role))
 
@@ -187,14 +248,25 @@ class DiffusionModel(BaseModel):
         return self._null.to(self.device).expand(rows)
 
     def finish(self, logs: Dict[str, Any]) -> Dict[str, Any]:
-        """Completes the scalars of one iteration: network calls by role, and what plug-ins observe."""
+        """Completes the scalars of one iteration: gradient norms, network calls by role, and what plug-ins observe.
+
+        Returns:
+            dict: The scalars; none of them if `log_sink` takes them.
+        """
+        logs = dict(logs)
+        for role, wrapper in self._optim_wrapper.items():
+            if getattr(wrapper, 'grad_norm', None) is not None:
+                logs[f'grad_norm_{role}'], wrapper.grad_norm = wrapper.grad_norm, None
         counts: Counter = Counter()
         for (role, _), n in self.calls.items():
             counts[f'calls_{role}'] += n
         logs = dict(logs, **{name: float(n) for name, n in counts.items()})
         for extra in plugins.manager.hook.cdm_after_iteration(method=self, iteration=self.iteration, logs=logs):
             logs.update(extra or {})
-        return logs
+        if self.log_sink is None:
+            return logs
+        self.log_sink(logs)
+        return {}
 
     # Sampling
 
@@ -226,8 +298,7 @@ class DiffusionModel(BaseModel):
                 return self.velocity(role, x, sigma, condition, anchors)
             both = self.velocity(role, torch.cat([x, x]), torch.cat([sigma, sigma]),
                                  Condition.cat([condition, null]), torch.cat([anchors, anchors]))
-            conditional, unconditional = both.chunk(2)
-            return unconditional + guidance_scale * (conditional - unconditional)
+            return self.backbone.guide(*both.chunk(2), guidance_scale)
 
         network = unwrap(getattr(self, role))
         training = network.training

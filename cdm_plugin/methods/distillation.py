@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from cdm_plugin import plugins
 from cdm_plugin.condition import Condition
+from cdm_plugin.conditioners import check_dtype
 from cdm_plugin.draws import Draws
 from cdm_plugin.flow import add_noise, to_x0
 from cdm_plugin.losses.base import ScoreQuery, build_sampler
+from cdm_plugin.lora import AdapterRole
 from cdm_plugin.methods.base import DiffusionModel, frozen
 from cdm_plugin.networks import make_anchor_aware, merge_weights
 from cdm_plugin.rollout import Prediction, rollout
@@ -43,11 +45,13 @@ class Distillation(DiffusionModel):
         anchor_aware_fake (bool): Whether the fake score receives the anchor's noise level. Default False.
         max_batch_per_call (int, optional): Largest batch of one call of the teacher or the fake score in the student
             step. Default: no limit.
-        image_size, activation_checkpointing, data_preprocessor: See `DiffusionModel`.
+        teacher_dtype (str, optional): Dtype of the teacher's weights; 'bfloat16' halves its memory. Default: the
+            backbone's.
+        image_size, activation_checkpointing, lora, data_preprocessor: See `DiffusionModel`.
     """
     default_student_every: int
     default_fake_merge: float = 0.0
-    frozen_prefixes = ('backbone.', 'teacher.')
+    frozen_prefixes = ('backbone.', 'base.', 'teacher.')
 
     def __init__(self, backbone: Dict[str, Any], sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  alpha: float = 7.0, losses: Optional[Dict[str, Any]] = None,
@@ -55,28 +59,37 @@ class Distillation(DiffusionModel):
                  fake_loss: Dict[str, Any] = dict(type='FlowMatchingLoss'),
                  student_every: Optional[int] = None, fake_merge: Optional[float] = None,
                  anchor_aware_fake: bool = False, max_batch_per_call: Optional[int] = None,
-                 image_size: Union[None, int, Sequence[int]] = None, activation_checkpointing: bool = False,
+                 teacher_dtype: Optional[str] = None, image_size: Union[None, int, Sequence[int]] = None,
+                 activation_checkpointing: bool = False, lora: Optional[Dict[str, Any]] = None,
                  data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
-        super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, data_preprocessor)
+        super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor)
         self.alpha = alpha
         self.student_every = self.default_student_every if student_every is None else student_every
         self.fake_merge = self.default_fake_merge if fake_merge is None else fake_merge
         self.max_batch_per_call = max_batch_per_call
+        self.check_trainable()
         self._check_numbers()
         self.time_grid = TASK_UTILS.build(self._time_grid_config(time_grid or {}))
         self.fake_sigma = build_sampler(fake_sigma)
         self.losses = self._build_losses(losses or {})
         self.fake_loss = MODELS.build(dict(fake_loss))
-        self.teacher = frozen(self.backbone.build_network())
-        self.fake = self.backbone.build_network().requires_grad_(True)
+        self.teacher = self._build_teacher(teacher_dtype)
+        self.fake = self.build_trained('fake')
         if anchor_aware_fake:
             make_anchor_aware(self.fake, self.backbone.time_embedder, self.backbone.time_embedding_width())
-        if activation_checkpointing:
-            self.fake.enable_gradient_checkpointing()
-        if self.backbone.pretrained is None:
+        if self.backbone.pretrained is None and self.base is None:
             # Without pretrained weights the three roles still start as one network.
             self.teacher.load_state_dict(self.student.state_dict())
             self.fake.load_state_dict(self.student.state_dict(), strict=False)
+
+    def _build_teacher(self, dtype: Optional[str]) -> nn.Module:
+        if self.base is None:
+            kwargs = {} if dtype is None else dict(dtype=check_dtype(dtype, 'model.teacher_dtype'))
+            return frozen(self.backbone.build_network(**kwargs))
+        if dtype is not None:
+            raise ValueError(f'model.teacher_dtype={dtype!r} does not go with model.lora, whose roles share one base: '
+                             'set model.backbone.dtype')
+        return frozen(AdapterRole(self.base))
 
     def default_time_grid(self) -> Dict[str, Any]:
         """The method's time grid. Fixed by default: the levels of inference."""
@@ -100,9 +113,6 @@ class Distillation(DiffusionModel):
         return cfg
 
     def _check_numbers(self) -> None:
-        if self.backbone.dtype == torch.bfloat16:
-            raise ValueError("model.backbone.dtype='bfloat16' cannot be trained (small updates are lost in rounding): "
-                             "leave it float32 and set optim_wrapper.*: type='AmpOptimWrapper', dtype='bfloat16'")
         if not isinstance(self.student_every, int) or self.student_every < 1:
             raise ValueError(f'model.student_every must be a whole number of 1 or more, but is {self.student_every!r}')
         if not 0 <= self.fake_merge <= 1:

@@ -1,6 +1,5 @@
 from typing import Any, Dict, Optional, Sequence, Union
 
-import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -21,20 +20,18 @@ class FlowMatching(DiffusionModel):
         drop_rate (float): Share of samples trained with the null condition, for classifier-free guidance, in [0, 1].
             Default 0.1.
         loss (dict): Loss of the velocity. Default FlowMatchingLoss.
-        sample_sigmas, image_size, activation_checkpointing, data_preprocessor: See `DiffusionModel`.
+        sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor: See `DiffusionModel`.
     """
 
     def __init__(self, backbone: Dict[str, Any], sigma: Any = dict(type='LogitNormalSigma'), drop_rate: float = 0.1,
                  loss: Dict[str, Any] = dict(type='FlowMatchingLoss'),
                  sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  image_size: Union[None, int, Sequence[int]] = None, activation_checkpointing: bool = False,
-                 data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
-        super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, data_preprocessor)
+                 lora: Optional[Dict[str, Any]] = None, data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
+        super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor)
         if not 0 <= drop_rate <= 1:
             raise ValueError(f'model.drop_rate must lie in [0, 1], but is {drop_rate}')
-        if self.backbone.dtype == torch.bfloat16:
-            raise ValueError("model.backbone.dtype='bfloat16' cannot be trained: leave it float32 and set "
-                             "optim_wrapper.student: type='AmpOptimWrapper', dtype='bfloat16'")
+        self.check_trainable()
         self.sigma, self.drop_rate = build_sampler(sigma), drop_rate
         self.loss = MODELS.build(dict(loss))
 

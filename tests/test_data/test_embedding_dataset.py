@@ -153,6 +153,13 @@ def test_writing_leaves_nothing_half_done(tmp_path):
     assert torch.equal(load_file(path)['odd'], both[:, 1::2])
 
 
+def test_writing_one_tensor_under_two_names(tmp_path):
+    both = make_fields(4)['pooled_projections']
+    write_embeddings(tmp_path / 'x.safetensors', dict(a=both, b=both, c=both.T.contiguous().T, d=both[:1].expand(4, 6)))
+    written = load_file(tmp_path / 'x.safetensors')
+    assert all(torch.equal(written[name], both) for name in 'abc') and torch.equal(written['d'][3], both[0])
+
+
 @pytest.mark.parametrize('name, fields, prompts, message', [
     ('x.pt', make_fields(2), None, 'must end in .safetensors'),
     ('x.safetensors', dict(), None, 'need fields'),

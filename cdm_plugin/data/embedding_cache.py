@@ -1,0 +1,514 @@
+"""Text embeddings of a whole dataset, computed once; and who computed them."""
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import RepeatDataset
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from torch import Tensor
+from tqdm import tqdm
+
+from cdm_plugin.assets import resolve
+from cdm_plugin.data.embedding_files import (INDEX, INDEX_VERSION, NULL, describe_shard, hash_prompts, read_header,
+                                             read_index, read_indexed_header, write_embeddings, write_index)
+from cdm_plugin.version import __version__
+
+DTYPES = ('bfloat16', 'float16', 'float32')
+LIBRARIES = ('diffusers', 'transformers', 'tokenizers', 'torch')
+# Folders of a pipeline that decide its text embeddings.
+TEXT_PARTS = ('text_', 'tokenizer')
+# Arguments of from_pretrained that say how to load, not what.
+LOADING_KEYS = ('cache_dir', 'local_files_only', 'token', 'force_download', 'use_safetensors')
+BLOCKS, BLOCK_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What `cache_embeddings` did.
+
+    Attributes:
+        folder (str): Where the embeddings lie.
+        prompts (int): Distinct prompts in it.
+        shards (int): Shards, without that of the null condition.
+        reused_shards (int): Those of them that an earlier run had finished.
+        bytes (int): Size of all shards, without that of the null condition.
+        truncated (dict): Number of prompts whose end was cut off, by encoder; shards of earlier runs included. Empty
+            too if the conditioner does not count them.
+    """
+    folder: str
+    prompts: int
+    shards: int
+    reused_shards: int
+    bytes: int
+    truncated: Dict[str, int] = field(default_factory=dict)
+
+
+def cache_embeddings(cfg: Config, out: str, batch_size: int = 32, shard_size: int = 1024, dtype: str = 'bfloat16',
+                     device: Optional[str] = None, dataset: str = 'train_dataloader.dataset') -> CacheReport:
+    """Encodes every prompt of a config's dataset once, with the conditioner of its backbone.
+
+    The folder then serves `EmbeddingDataset` and `EmbeddingConditioner`: shards `00000.safetensors` and so on, with
+    one row a distinct prompt, in the order in which they first occur; `null.safetensors`; and `index.json`, which says
+    what they hold. After a kill, the same call goes on behind the last finished shard.
+
+    Each sample is read once, by its dataset's pipeline: one that draws among several captions gives one of them, and
+    another one after a kill. For those, write one caption a row.
+
+    Args:
+        cfg (Config): A training config, with `model.backbone` and the dataset.
+        out (str): Folder to write; made if need be.
+        batch_size (int): Prompts encoded at a time. Default 32.
+        shard_size (int): Prompts a shard, which is held in memory until it is full. Default 1024.
+        dtype (str): Of the embeddings in the files: 'bfloat16', 'float16' or 'float32'. Default 'bfloat16'.
+        device (str, optional): Where the text encoders run. Default: MMEngine's choice.
+        dataset (str): Key of the dataset in the config. Default 'train_dataloader.dataset'.
+
+    Returns:
+        CacheReport: What was done.
+
+    Raises:
+        ValueError: If an argument is out of range, `out` is a file, the dataset has no text prompts, the conditioner
+            has no text encoders or gives NaN or infinity, or `out` holds embeddings that something else made (of other
+            prompts, by another encoder, in another dtype or shard size). One line that names the key or what differs.
+    """
+    for name, value in (('batch_size', batch_size), ('shard_size', shard_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f'{name} must be a whole number of 1 or more, but is {value!r}')
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, but is {dtype!r}')
+    backbone_cfg = _backbone_config(cfg)
+    folder = Path(resolve(out))
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        prompts = read_prompts(cfg, dataset)
+        wanted = dict(version=INDEX_VERSION, prompts=dict(count=len(prompts), sha256=hash_prompts(prompts)),
+                      shard_size=shard_size, dtype=dtype)
+        index = _open_index(folder, wanted)  # before the text encoders are loaded, which takes minutes
+        backbone = MODELS.build(backbone_cfg)
+    conditioner = backbone.conditioner.to(device or get_device()).eval()
+    encode = _Encoder(conditioner, getattr(torch, dtype))
+    null = encode.null()
+    wanted.update(_describe_encoder(backbone, backbone_cfg), fields=_describe_fields(null))
+    if index is None:
+        index = dict(wanted, libraries=_library_versions(), shards=[])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_index(folder, index)
+    else:
+        _check_same_encoder(folder, index, wanted)
+    if not _is_null_condition(folder / NULL):
+        write_embeddings(str(folder / NULL), null)
+    reused = _write_shards(folder, index, prompts, encode, batch_size)
+    truncated = sum((Counter(entry.get('truncated', {})) for entry in index['shards']), Counter())
+    return CacheReport(str(folder), len(prompts), len(index['shards']), reused,
+                       sum(entry['bytes'] for entry in index['shards']), dict(truncated))
+
+
+def check_encoder(folder: str, conditioner: Mapping[str, Any]) -> None:
+    """Checks that a conditioner's embeddings are those in a folder that `cdm cache` made. Loads no encoder.
+
+    Args:
+        folder (str): The folder, or a shard in it.
+        conditioner (dict): Config of the conditioner, as it would stand in `model.backbone.conditioner`. Arguments
+            that are left out have their defaults; those without a default (`pretrained`, `revision`, `variant`) and
+            `type` are compared only where they are given. The folder or the hub's local copy of `pretrained`, where
+            there is one, is compared by its files.
+
+    Raises:
+        ValueError: If the folder has no index, or another encoder made it; names the entries that differ.
+    """
+    root = Path(resolve(folder))
+    root = root if root.is_dir() else root.parent
+    index = read_index(root)
+    if index is None:
+        raise ValueError(f'{root} has no {INDEX}, which says what encoder made its embeddings: make the folder with '
+                         '`cdm cache`, or leave `encoder` out')
+    kind = conditioner.get('type', index['encoder'].get('type'))
+    given = {**conditioner, 'type': _type_name(kind)}
+    parameters = _parameters(kind)
+    known = {*index['encoder'], *parameters, 'revision', 'variant', *LOADING_KEYS}
+    unknown = sorted(set(given) - known)
+    if unknown and parameters:
+        raise ValueError(f'encoder.{unknown[0]} is unknown: {given["type"]} takes {", ".join(sorted(parameters))}')
+    full = {**_defaults(parameters), **given}
+    # What the encoder did not write down, such as where it keeps its weights, does not change embeddings.
+    compared = {key for key in (*index['encoder'], 'revision', 'variant') if key in full}
+    source = _describe_source(full, given.get('cache_dir'))
+    differences = _encoder_differences(index, {key: full[key] for key in compared}, source, compared)
+    if differences:
+        raise ValueError(f'another encoder made the embeddings in {root} ({"; ".join(differences)}): take the folder '
+                         'of this encoder, or make one with `cdm cache`')
+
+
+def read_prompts(cfg: Config, key: str) -> List[str]:
+    """The distinct prompts of a dataset, in the order in which they first occur.
+
+    Args:
+        cfg (Config): The config.
+        key (str): Where the dataset stands in it, with dots.
+
+    Returns:
+        list[str]: At least one prompt.
+
+    Raises:
+        ValueError: If there is no such dataset, it has embeddings, class labels or no prompts, or no length.
+    """
+    dataset_cfg: Any = cfg
+    for part in key.split('.'):
+        dataset_cfg = dataset_cfg.get(part) if isinstance(dataset_cfg, Mapping) or dataset_cfg is cfg else None
+    if dataset_cfg is None:
+        raise ValueError(f'the config has no {key!r}: it names the dataset whose prompts are encoded')
+    for path in _find_type(dataset_cfg, 'EmbeddingDataset', key):
+        raise ValueError(f'{path}.type is EmbeddingDataset, whose embeddings are there already: name a dataset of '
+                         'prompts')
+    try:
+        dataset = DATASETS.build(dataset_cfg) if isinstance(dataset_cfg, Mapping) else dataset_cfg
+        if hasattr(dataset, 'full_init'):  # as MMEngine's runner does
+            dataset.full_init()
+    except ValueError as error:
+        if 'need at least one array to concatenate' in str(error):  # what MMEngine says of an empty dataset
+            raise ValueError(f'{key} holds no prompts') from error
+        raise
+    while isinstance(dataset, RepeatDataset):
+        dataset = dataset.dataset
+    if not hasattr(dataset, '__len__'):
+        raise ValueError(f'{key} is a stream without a length, which may never end: name a dataset with a length')
+    samples = (dataset[i] for i in range(len(dataset)))
+    prompts = dict.fromkeys(_prompt(sample, key) for sample in tqdm(
+        samples, total=len(dataset), desc='reading prompts', unit='prompt', leave=False))
+    if not prompts:
+        raise ValueError(f'{key} holds no prompts')
+    return list(prompts)
+
+
+def _prompt(sample: Any, key: str) -> str:
+    if isinstance(sample, Mapping) and 'condition' in sample:
+        raise ValueError(f'{key} gives samples with embeddings (condition), which are there already: name a dataset '
+                         'of prompts')
+    if not isinstance(sample, Mapping) or 'prompt' not in sample:
+        there = sorted(map(str, sample)) if isinstance(sample, Mapping) else f'a {type(sample).__name__}'
+        raise ValueError(f"a sample of {key} has no 'prompt', only {there}: name the field of the prompts in its "
+                         "pipeline, dict(type='PackInputs', prompt=...)")
+    prompt = sample['prompt']
+    if not isinstance(prompt, str):
+        raise ValueError(f'{key} gives class labels as prompts ({prompt!r}), but only texts have embeddings to cache: '
+                         'name a dataset of texts')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{key}: the prompt {prompt[:80]!r} holds half of a surrogate pair (a cut emoji), which no '
+                         'tokenizer takes; mend it or delete the row') from None
+    return prompt
+
+
+def _find_type(value: Any, name: str, path: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        kind = value.get('type')
+        if _type_name(kind) == name:
+            yield path
+        for key, child in value.items():
+            yield from _find_type(child, name, f'{path}.{key}')
+    elif isinstance(value, (list, tuple)):
+        for i, child in enumerate(value):
+            yield from _find_type(child, name, f'{path}[{i}]')
+
+
+def _backbone_config(cfg: Config) -> Dict[str, Any]:
+    backbone = (cfg.get('model') or {}).get('backbone')
+    if not isinstance(backbone, Mapping):
+        raise ValueError("the config has no 'model.backbone', whose text encoders encode the prompts")
+    for path in _find_type(backbone.get('conditioner') or {}, 'EmbeddingConditioner', 'model.backbone.conditioner'):
+        raise ValueError(f'{path}.type is EmbeddingConditioner, which has no text encoders: leave '
+                         'model.backbone.conditioner out, or name that of the text encoders')
+    return dict(backbone)
+
+
+class _Encoder:
+    """Prompts to embeddings in the dtype of the files, on the CPU; refuses what no training could use."""
+
+    def __init__(self, conditioner: Any, dtype: torch.dtype) -> None:
+        self.conditioner, self.dtype = conditioner, dtype
+
+    @torch.no_grad()
+    def null(self) -> Dict[str, Tensor]:
+        """The null condition, each field (1, ...)."""
+        return self._checked(self.conditioner.null(), ['the null condition'])
+
+    @torch.no_grad()
+    def __call__(self, prompts: List[str]) -> Dict[str, Tensor]:
+        """The embeddings of B prompts, each field (B, ...)."""
+        return self._checked(self.conditioner.encode(prompts), [f'the prompt {_shorten(p)!r}' for p in prompts])
+
+    def truncated(self) -> Counter:
+        """How many prompts were cut so far, by encoder."""
+        return Counter(getattr(self.conditioner, 'truncated', None) or {})
+
+    def _checked(self, condition: Any, names: List[str]) -> Dict[str, Tensor]:
+        return {name: self._check_field(name, tensor, names) for name, tensor in condition.fields.items()}
+
+    def _check_field(self, name: str, tensor: Tensor, names: List[str]) -> Tensor:
+        if len(tensor) != len(names):
+            raise ValueError(f'{type(self.conditioner).__name__} (model.backbone.conditioner) gives {len(tensor)} rows '
+                             f'of {name} for {len(names)} prompts')
+        if not tensor.is_floating_point():  # masks, positions
+            return tensor.cpu()
+        row = _first_bad_row(tensor)
+        if row is not None:
+            raise ValueError(f'the text encoders give NaN or infinity in {name} for {names[row]}: half precision '
+                             "overflows, set model.backbone.conditioner.dtype to 'bfloat16' or 'float32'")
+        stored = tensor.to(self.dtype)
+        row = _first_bad_row(stored)
+        if row is not None:
+            raise ValueError(f'{name} of {names[row]} is too large for the dtype of the files, '
+                             f"{_dtype_name(stored)}: choose dtype 'bfloat16' or 'float32'")
+        return stored.cpu()
+
+
+def _first_bad_row(tensor: Tensor) -> Optional[int]:
+    good = torch.isfinite(tensor).flatten(1).all(1)
+    return None if good.all() else int((~good).nonzero()[0])
+
+
+def _write_shards(folder: Path, index: Dict[str, Any], prompts: List[str], encode: _Encoder, batch_size: int) -> int:
+    """Writes the shards that are not there, and enters each into the index. Returns how many there were."""
+    size = index['shard_size']
+    starts = range(0, len(prompts), size)
+    # As wide as it takes: shards are read in the order of their names.
+    width = max(5, len(str(len(starts) - 1)))
+    parts = {f'{i:0{width}d}.safetensors': prompts[start:start + size] for i, start in enumerate(starts)}
+    done = {entry['name']: entry for entry in index['shards'] if _is_complete(folder, entry, parts)}
+    reused = len(done)
+    rows = sum(entry['rows'] for entry in done.values())
+    with tqdm(total=len(prompts), initial=rows, desc='encoding', unit='prompt') as bar:
+        for name, part in parts.items():
+            if name in done:
+                continue
+            before = encode.truncated()
+            write_embeddings(str(folder / name), _encode_shard(encode, part, batch_size, index['fields'], bar.update),
+                             part)
+            entry = describe_shard(folder / name, part)
+            cut = encode.truncated() - before
+            done[name] = dict(entry, truncated=dict(cut)) if cut else entry
+            index['shards'] = [done[name] for name in sorted(done)]
+            write_index(folder, index)
+    return reused
+
+
+def _encode_shard(encode: _Encoder, prompts: List[str], batch_size: int, fields: Mapping[str, Any],
+                  progress: Callable[[int], Any]) -> Dict[str, Tensor]:
+    shard: Dict[str, Tensor] = {}
+    for start in range(0, len(prompts), batch_size):
+        batch = encode(prompts[start:start + batch_size])
+        found = _describe_fields(batch)
+        if found != fields:
+            raise ValueError('model.backbone.conditioner gives other fields for the prompts than for the null '
+                             f'condition ({found} instead of {dict(fields)}): a cache needs one length for all, pad '
+                             'to the longest that the encoder takes')
+        rows = len(next(iter(batch.values())))
+        for name, tensor in batch.items():
+            # Filled batch by batch: to collect and concatenate would take the memory twice.
+            shard.setdefault(name, tensor.new_empty((len(prompts), *tensor.shape[1:])))[start:start + rows] = tensor
+        progress(rows)
+    return shard
+
+
+def _is_complete(folder: Path, entry: Mapping[str, Any], parts: Mapping[str, List[str]]) -> bool:
+    if entry['name'] not in parts or entry['sha256'] != hash_prompts(parts[entry['name']]):
+        return False
+    try:
+        read_indexed_header(folder, entry)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_null_condition(path: Path) -> bool:
+    try:
+        return path.is_file() and read_header(str(path)).rows == 1
+    except ValueError:
+        return False
+
+
+def _open_index(folder: Path, wanted: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
+    """The index of an earlier run with the same prompts, dtype and shard size; None for a new folder."""
+    if folder.is_file():
+        raise ValueError(f'out={str(folder)!r} is a file: choose a folder')
+    index = read_index(folder)
+    if index is None:
+        if any(folder.glob('*.safetensors')):
+            raise ValueError(f'out={str(folder)!r} holds safetensors files, but no {INDEX} that says what they are: '
+                             'choose another --out or delete it')
+        return None
+    differences = [_difference(key, index[key], wanted[key]) for key in ('dtype', 'shard_size')
+                   if index[key] != wanted[key]]
+    if index['prompts'] != wanted['prompts']:
+        old, new = ('{count} (sha256 {sha256:.12})'.format(**part['prompts']) for part in (index, wanted))
+        differences.append(f'prompts: {old} in the cache, {new} here')
+    _refuse(folder, differences)
+    return index
+
+
+def _check_same_encoder(folder: Path, index: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    parameters = _parameters(wanted['encoder'].get('type'))
+    new = {**_defaults(parameters), **wanted['encoder']}
+    differences = _encoder_differences(index, new, wanted['source'], {*index['encoder'], *wanted['encoder']})
+    if not differences and index['fields'] != wanted['fields']:
+        differences.append(_difference('fields', index['fields'], wanted['fields']))
+    _refuse(folder, differences)
+
+
+def _refuse(folder: Path, differences: List[str]) -> None:
+    if differences:
+        raise ValueError(f'out={str(folder)!r} holds embeddings that something else made ({"; ".join(differences)}): '
+                         'choose another --out or delete it')
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    return f'{key}: {old!r} in the cache, {new!r} here'
+
+
+# Who encoded it
+
+
+def _describe_encoder(backbone: Any, backbone_cfg: Mapping[str, Any]) -> Dict[str, Any]:
+    """`encoder` and `source` of the index."""
+    conditioner_cfg = backbone_cfg.get('conditioner')
+    conditioner_cfg = dict(conditioner_cfg) if isinstance(conditioner_cfg, Mapping) else {}
+    encoder = backbone.conditioner.to_config()
+    if encoder is None:  # the next best: what the config says of it
+        encoder = {**conditioner_cfg, 'type': type(backbone.conditioner).__name__}
+        encoder = {key: value for key, value in encoder.items() if key not in LOADING_KEYS}
+    cache_dir = conditioner_cfg.get('cache_dir') or getattr(backbone, 'load_kwargs', {}).get('cache_dir')
+    return dict(encoder=_plain(encoder), source=_describe_source(encoder, cache_dir))
+
+
+def _describe_source(encoder: Mapping[str, Any], cache_dir: Optional[str]) -> Dict[str, Any]:
+    """Where the encoders' files are from: `commit` (None for a folder) and `files`, a digest by name.
+
+    Nothing is downloaded; what is not on this machine is not described.
+    """
+    pretrained = encoder.get('pretrained')
+    if not isinstance(pretrained, str):
+        return dict(commit=None, files={})
+    folder, commit = Path(_absolute(pretrained)), None
+    if not folder.is_dir():
+        folder, commit = _hub_snapshot(pretrained, encoder.get('revision'), cache_dir)
+    return dict(commit=commit, files={} if folder is None else _digest_files(folder))
+
+
+def _hub_snapshot(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> Tuple[Optional[Path], Optional[str]]:
+    """Folder and commit of the hub's local copy of a repository."""
+    from huggingface_hub import try_to_load_from_cache
+    for name in ('model_index.json', 'config.json'):
+        try:
+            path = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
+        except ValueError:  # no repository's name
+            return None, None
+        if isinstance(path, str):
+            return Path(path).parent, Path(path).parent.name
+    return None, None
+
+
+def _digest_files(folder: Path) -> Dict[str, str]:
+    parts = [part for part in folder.iterdir() if part.is_dir() and part.name.startswith(TEXT_PARTS)]
+    files = [file for part in parts for file in part.rglob('*')] or list(folder.iterdir())
+    return {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files)
+            if file.is_file() and file.suffix != '.md' and not file.name.startswith('.')}
+
+
+def _digest(path: Path) -> str:
+    """Digest of a file's size and of its content; of a large file's content, blocks all over it.
+
+    To read all weights would take as long as to load them, and the size alone is that of any fine-tuned copy.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open('rb') as file:
+        if size <= BLOCKS * BLOCK_BYTES:
+            digest.update(file.read())
+        else:
+            for i in range(BLOCKS):
+                file.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _encoder_differences(index: Mapping[str, Any], encoder: Mapping[str, Any], source: Mapping[str, Any],
+                         compared: Any) -> List[str]:
+    """What differs between the encoder of an index and another one, in the keys `compared`."""
+    old = {**_defaults(_parameters(index['encoder'].get('type'))), **index['encoder']}
+    new = _plain(encoder)
+    old_files, files = index['source']['files'], source['files']
+    if isinstance(new.get('pretrained'), str):
+        # A folder that was moved is the same encoder.
+        new['pretrained'] = old['pretrained'] if files and files == old_files else _absolute(new['pretrained'])
+    differences = [_difference(key, old.get(key), new.get(key)) for key in sorted(compared)
+                   if old.get(key) != new.get(key)]
+    # Only files that both know: the hub's copy grows with what is loaded of it.
+    changed = [name for name in files if old_files.get(name, files[name]) != files[name]]
+    if changed and old.get('pretrained') == new.get('pretrained'):
+        differences.append(f'{len(changed)} files of {new["pretrained"]} have changed, such as {changed[0]}')
+    return differences
+
+
+def _type_name(kind: Union[str, type, None]) -> str:
+    """A registered type's name, without the scope that a config may put before it."""
+    return str(getattr(kind, '__name__', kind)).split('.')[-1]
+
+
+def _parameters(kind: Union[str, type, None]) -> Dict[str, inspect.Parameter]:
+    """Arguments of a conditioner's class and its bases; empty if it is not registered."""
+    if isinstance(kind, str):
+        try:
+            kind = MODELS.get(kind)
+        except RuntimeError:
+            kind = None
+    found: Dict[str, inspect.Parameter] = {}
+    for base in reversed(getattr(kind, '__mro__', ())):
+        if '__init__' in vars(base):
+            found.update(inspect.signature(base.__init__).parameters)
+    return {name: p for name, p in found.items()
+            if name != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+def _defaults(parameters: Mapping[str, inspect.Parameter]) -> Dict[str, Any]:
+    return _plain({name: p.default for name, p in parameters.items() if p.default is not p.empty})
+
+
+def _absolute(pretrained: str) -> str:
+    path = Path(resolve(pretrained))
+    return str(path.resolve()) if path.is_dir() else pretrained
+
+
+def _plain(value: Mapping[str, Any]) -> Dict[str, Any]:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(dict(value), default=str))
+
+
+def _describe_fields(fields: Mapping[str, Tensor]) -> Dict[str, Any]:
+    """Shape of one sample and dtype, by field."""
+    return {name: dict(shape=list(tensor.shape[1:]), dtype=_dtype_name(tensor)) for name, tensor in fields.items()}
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).replace('torch.', '')
+
+
+def _shorten(prompt: str) -> str:
+    return prompt if len(prompt) <= 80 else f'{prompt[:80]}...'
+
+
+def _library_versions() -> Dict[str, str]:
+    versions = dict(cdm_plugin=__version__)
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return versions
