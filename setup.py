@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'cdm_plugin/version.py').read_text()).group(1)
 
 CORE = [
-    'torch>=2.6', 'mmengine>=0.10.7', 'diffusers>=0.36', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',
+    'torch>=2.6', 'mmengine>=0.10.7', 'diffusers>=0.42', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',
     'pluggy>=1.5', 'tensorboard>=2.16', 'safetensors>=0.4', 'numpy>=1.26', 'pillow>=10', 'tqdm>=4.60',
 ]
 EXTRAS = {

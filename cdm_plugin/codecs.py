@@ -74,7 +74,7 @@ class VAECodec(Codec):
     def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', **load_kwargs: Any) -> None:
         super().__init__()
         self.vae = AutoencoderKL.from_pretrained(
-            pretrained, subfolder=subfolder, torch_dtype=check_dtype(dtype, 'model.backbone.codec.dtype'),
+            pretrained, subfolder=subfolder, dtype=check_dtype(dtype, 'model.backbone.codec.dtype'),
             **load_kwargs)
         self.vae.requires_grad_(False).eval()
         self.vae.enable_slicing()  # one image at a time: a batch at full size takes tens of gigabytes

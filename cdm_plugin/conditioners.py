@@ -163,7 +163,7 @@ class PipelineConditioner(Conditioner):
         hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
         components = self.components(pretrained, **hub_kwargs)
         self.pipeline = self.pipeline_class().from_pretrained(
-            pretrained, torch_dtype=weights_dtype, **components, **load_kwargs)
+            pretrained, dtype=weights_dtype, **components, **load_kwargs)
         encoders = nn.ModuleList([part for name, part in self.pipeline.components.items()
                                   if isinstance(part, nn.Module) and name not in components])
         encoders.requires_grad_(False).eval()
@@ -250,6 +250,7 @@ class EmbeddingConditioner(Conditioner):
     def __init__(self, folder: str) -> None:
         super().__init__()
         from cdm_plugin.data import EmbeddingDataset
+        self.folder = folder
         for name, row in EmbeddingDataset(data_root=folder).null_condition().items():
             self.register_buffer(name, row[None], persistent=False)
 

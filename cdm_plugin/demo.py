@@ -17,8 +17,9 @@ from tqdm import tqdm
 from cdm_plugin.config import load_config
 from cdm_plugin.draws import stream
 from cdm_plugin.evaluation import DigitClassifier, class_accuracy, classifier_features, frechet_distance
+from cdm_plugin.export import export
 from cdm_plugin.images import labelled_grid, save_png
-from cdm_plugin.inference import export, sample_prompts, step_sigmas, student_weights
+from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import Distillation
 
 RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'

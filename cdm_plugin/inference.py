@@ -1,32 +1,39 @@
-"""Trained models back in memory: from a config and a checkpoint, or from an exported folder; and out again."""
+"""Trained models back in memory: from a config and a checkpoint, from an exported folder, or from a pipeline."""
 import contextlib
+import inspect
 import json
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader, find_latest_checkpoint, load_state_dict
 from torch import Tensor
+from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
+from cdm_plugin.backbones import Backbone
 from cdm_plugin.backbones.base import PARTS_FILE
 from cdm_plugin.config import load_config
 from cdm_plugin.engine import StudentEMA
+from cdm_plugin.export import INDEX_FILE, missing_t5
 from cdm_plugin.methods import DiffusionModel
-from cdm_plugin.networks import unwrap
 
 
-def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[str] = None) -> DiffusionModel:
+def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[str] = None,
+                image_size: Union[None, int, Sequence[int]] = None) -> DiffusionModel:
     """A method ready to sample.
 
     Args:
-        source (str): An exported folder, or a config (a path or the name of a shipped recipe).
+        source (str): A folder (an exported one, or any pipeline of an architecture that is registered), or a config (a
+            path or the name of a shipped recipe).
         checkpoint (str, optional): For a config: a checkpoint file, or a work directory whose latest one is taken.
             Default: the weights that the model starts from.
         device (str, optional): Default: MMEngine's choice.
+        image_size (int or tuple, optional): Pixels, one number or (height, width). Default: the model's own.
 
     Returns:
         DiffusionModel: In evaluation mode; `student_ema` is set if the checkpoint has one.
@@ -36,17 +43,54 @@ def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[
         raise ValueError(f'{source!r} is an exported folder, which has its weights: leave the checkpoint '
                          f'{checkpoint!r} out, or give the config instead of the folder')
     method = _from_folder(folder) if folder.is_dir() else _from_config(load_config(source), checkpoint)
-    return method.to(device or get_device()).eval()
+    if image_size is not None:
+        method.set_image_size(*((image_size, image_size) if isinstance(image_size, int) else image_size))
+    method.to(device or get_device()).eval()
+    method.set_attention(training=False)
+    return method
 
 
 def _from_folder(folder: Path) -> DiffusionModel:
     parts_file = folder / PARTS_FILE
     if not parts_file.is_file():
-        raise FileNotFoundError(f'{str(folder)!r} has no {PARTS_FILE}: it is no folder that `cdm export` wrote')
+        if (folder / INDEX_FILE).is_file():
+            return _from_pipeline(folder)
+        raise FileNotFoundError(f'{str(folder)!r} has no {PARTS_FILE}: it is no folder that `cdm export` wrote, and no '
+                                'diffusers pipeline')
     parts = json.loads(parts_file.read_text())
-    return DiffusionModel(backbone=dict(type=parts['backbone'], pretrained=str(folder)),
-                          image_size=parts.get('image_size'),
+    backbone, lora = dict(type=parts['backbone'], pretrained=str(folder)), None
+    if 'lora' in parts:
+        backbone, lora = _base_of(folder, parts), dict(parts['lora'], student=str(folder))
+    return DiffusionModel(backbone=backbone, lora=lora, image_size=parts.get('image_size'),
                           sample_sigmas=parts.get('sample_sigmas', (1.0, 0.75, 0.5, 0.25)))
+
+
+def _base_of(folder: Path, parts: Dict[str, Any]) -> Dict[str, Any]:
+    """Config of the backbone that a LoRA file adapts."""
+    pretrained = parts['base']['pretrained']
+    if Path(pretrained).is_absolute() and not Path(pretrained).is_dir():
+        raise FileNotFoundError(f'{str(folder)!r} has adapters of the base model {pretrained!r}, which is not there: '
+                                f"put it back, or correct base.pretrained in the folder's {PARTS_FILE}")
+    scheduler = FlowMatchEulerDiscreteScheduler.load_config(str(folder), subfolder='scheduler')
+    return dict(parts['base'], type=parts['backbone'],
+                scheduler={key: value for key, value in scheduler.items() if not key.startswith('_')},
+                **{name: parts[name] for name in ('conditioner', 'codec') if parts.get(name)})
+
+
+def _from_pipeline(folder: Path) -> DiffusionModel:
+    """A pipeline that this package did not write, as a plain model with its usual number of steps."""
+    index = json.loads((folder / INDEX_FILE).read_text())
+    kinds: Dict[str, str] = {}
+    for name, cls in MODELS.module_dict.items():
+        if inspect.isclass(cls) and issubclass(cls, Backbone) and hasattr(cls, 'pipeline_name'):
+            kinds.setdefault(cls.pipeline_name, name)
+    kind = kinds.get(index.get('_class_name'))
+    if kind is None:
+        raise ValueError(f'{str(folder)!r} is a {index.get("_class_name")}, and no registered backbone takes that: '
+                         f'there are backbones for {", ".join(sorted(kinds))}')
+    method = DiffusionModel(backbone=dict(type=kind, pretrained=str(folder), conditioner=missing_t5(index) or None))
+    method.sample_sigmas = step_sigmas(method.backbone.pipeline_defaults()['num_inference_steps'])
+    return method
 
 
 def _from_config(cfg: Config, checkpoint: Optional[str]) -> DiffusionModel:
@@ -63,6 +107,8 @@ def _from_config(cfg: Config, checkpoint: Optional[str]) -> DiffusionModel:
         load_state_dict(method, state['state_dict'], strict=True)
     except RuntimeError as error:
         raise ValueError(f'the checkpoint {path} does not fit the config\'s model: {error}') from error
+    done = state.get('meta', {}).get('iter')
+    method.iteration = None if not done else done - 1  # as training left it
     if 'student_ema' in state:
         method.student_ema = StudentEMA(method.student)
         method.student_ema.load_state_dict(state['student_ema'])
@@ -74,28 +120,9 @@ def student_weights(method: DiffusionModel, ema: bool) -> contextlib.AbstractCon
     return method.student_ema.applied() if ema and method.student_ema is not None else contextlib.nullcontext()
 
 
-def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True) -> Path:
-    """Writes the student as a folder of diffusers' layout, safetensors only.
-
-    Args:
-        method (DiffusionModel): The trained method.
-        folder (str): Where to; made if need be.
-        ema (bool): Whether to write the EMA weights (the student's own if there are none). Default True.
-
-    Returns:
-        Path: The folder. `SD3Transformer2DModel.from_pretrained(folder, subfolder='transformer')` opens the network,
-        `cdm sample folder` and `backbone.pretrained=folder` the whole.
-    """
-    image_size = [side * method.backbone.codec.scale for side in method.latent_size]
-    with student_weights(method, ema):
-        method.backbone.save_pretrained(unwrap(method.student), folder, image_size=image_size,
-                                        sample_sigmas=method.sample_sigmas.tolist())
-    return Path(folder)
-
-
 @torch.no_grad()
 def sample_prompts(method: DiffusionModel, prompts: List[Any], noise: Tensor, batch_size: int = 250,
-                   **kwargs: Any) -> Tensor:
+                   progress: Optional[str] = None, **kwargs: Any) -> Tensor:
     """Images for a list of prompts, in batches.
 
     Args:
@@ -103,13 +130,14 @@ def sample_prompts(method: DiffusionModel, prompts: List[Any], noise: Tensor, ba
         prompts (list): N texts or class labels.
         noise (Tensor): Standard normal, (N, C, h, w): one row a prompt, so that models can be compared.
         batch_size (int): Samples of one batch. Default 250.
+        progress (str, optional): Label of a progress bar. Default: none is shown.
         **kwargs: Passed to `DiffusionModel.sample` (`sigmas`, `role`, `guidance_scale`, ...).
 
     Returns:
         Tensor: Images in [-1, 1], (N, 3 or 1, H, W), on the CPU.
     """
     images = []
-    for start in range(0, len(prompts), batch_size):
+    for start in tqdm(range(0, len(prompts), batch_size), desc=progress, unit='batch', disable=progress is None):
         part = slice(start, start + batch_size)
         data = method.data_preprocessor([dict(prompt=p) for p in prompts[part]], False)
         images.append(method.sample(method.backbone.condition(data), noise[part], **kwargs).cpu())

@@ -1,4 +1,5 @@
 from cdm_plugin.hooks.cdm_hook import CDMHook
+from cdm_plugin.hooks.pipeline_export_hook import PipelineExportHook
 from cdm_plugin.hooks.sample_grid_hook import SampleGridHook
 
-__all__ = ['CDMHook', 'SampleGridHook']
+__all__ = ['CDMHook', 'PipelineExportHook', 'SampleGridHook']

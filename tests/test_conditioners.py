@@ -7,7 +7,8 @@ from mmengine.registry import MODELS
 from cdm_plugin.backbones import SD3Backbone, SD3TextConditioner
 from cdm_plugin.conditioners import ClassConditioner, Conditioner
 from cdm_plugin.data.embedding_files import write_embeddings
-from cdm_plugin.inference import export, load_method, sample_prompts
+from cdm_plugin.export import export
+from cdm_plugin.inference import load_method, sample_prompts
 from tests_support import tiny_backbone
 from tiny_pipelines import save_tiny_sd3
 

@@ -127,7 +127,7 @@ class Backbone(nn.Module):
         where = f'the network in {self.pretrained!r} (model.backbone.pretrained)'
         try:
             network, info = self.network_class.from_pretrained(
-                self.pretrained, subfolder=self.subfolder, torch_dtype=dtype, output_loading_info=True, **kwargs)
+                self.pretrained, subfolder=self.subfolder, dtype=dtype, output_loading_info=True, **kwargs)
         except (RuntimeError, ValueError) as error:  # among others, that a shape differs
             raise ValueError(f'{where} cannot be loaded: {error}') from error
         for key, what in (('missing_keys', 'lacks weights'), ('unexpected_keys', 'has weights that nothing takes'),

@@ -6,7 +6,8 @@ import torch
 from mmengine.registry import MODELS
 from tests_support import TINY_SD3, recording_optimizers, tiny_backbone, tiny_method
 
-from cdm_plugin.inference import export, load_method
+from cdm_plugin.export import export
+from cdm_plugin.inference import load_method
 
 
 def test_partial_overrides_change_single_arguments():

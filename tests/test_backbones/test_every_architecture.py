@@ -1,0 +1,310 @@
+"""What holds for every architecture: images and embeddings as its own pipeline makes them, and training."""
+import shutil
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+from cdm_plugin.export import export
+from cdm_plugin.inference import load_method, sample_prompts, step_sigmas
+from tests_support import recording_optimizers
+from tiny_pipelines import PROMPTS
+
+SIGMAS = [1.0, 0.75, 0.5, 0.25]
+GUIDANCE = dict(sd3=7.0, longcat=4.5, flux=3.0)
+LONG = 'a red fox in the snow ' * 400
+
+
+def ours(tiny, noise, guidance_scale=1.0, sigmas=SIGMAS, **kwargs):
+    scale = tiny.pipeline.vae_scale_factor
+    method = tiny.method(image_size=[scale * side for side in noise.shape[2:]], **kwargs)
+    assert method.latent_shape(2) == noise.shape
+    condition = method.backbone.condition(dict(prompt=PROMPTS))
+    return method.sample(condition, noise, torch.as_tensor(sigmas, dtype=torch.float64), guidance_scale=guidance_scale)
+
+
+@pytest.mark.parametrize('size', [(8, 8), (4, 6)], ids=['square', 'wide'])
+@pytest.mark.parametrize('guided', [False, True], ids=['unguided', 'guided'])
+def test_images_equal_the_pipelines(tiny, guided, size):
+    scale = GUIDANCE[tiny.name] if guided else 1.0
+    noise = tiny.noise(*size)
+    theirs = tiny.images(noise, scale, sigmas=SIGMAS)
+    made = ours(tiny, noise, scale)
+    assert made.shape == theirs.shape and (made - theirs).abs().max() < 1e-5
+    assert (made[0] - made[1]).abs().max() > 1e-2  # not saturated
+    other = ours(tiny, noise, 1.0 if guided else GUIDANCE[tiny.name])
+    assert (other - theirs).abs().max() > 1e-3
+
+
+def test_the_usual_schedule_equals_the_pipelines(tiny):
+    noise = tiny.noise(4, 8)
+    if tiny.name == 'sd3':  # its scheduler starts from its own range of timesteps
+        scheduler = tiny.pipeline.scheduler
+        sigmas = torch.linspace(scheduler.sigma_max, scheduler.sigma_min, 5, dtype=torch.float64)
+    else:
+        sigmas = step_sigmas(5)
+    made = ours(tiny, noise, sigmas=sigmas)
+    assert (made - tiny.images(noise, num_inference_steps=5)).abs().max() < 1e-5
+
+
+def test_the_shift_is_the_schedulers(tiny):
+    """For the number of tokens of each size."""
+    backbone = tiny.method().backbone
+    for size in ((8, 8), (4, 6), (64, 128)):
+        sigmas, mu = torch.tensor([1.0, 0.9, 0.4, 0.05], dtype=torch.float64), {}
+        config = backbone.scheduler.config
+        if config.use_dynamic_shifting:
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            mu = dict(mu=config.base_shift + slope * (size[0] * size[1] // 4 - config.base_image_seq_len))
+        backbone.scheduler.set_timesteps(sigmas=sigmas.tolist(), **mu)
+        shifted = backbone.shift_sigmas(sigmas, size)
+        assert torch.allclose(shifted.float(), backbone.scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+        assert (shifted - sigmas).abs().max() > 0.05
+
+
+@pytest.mark.parametrize('scheduler', [dict(use_dynamic_shifting=True, time_shift_type='linear'), dict(shift=2.0)],
+                         ids=['linear', 'constant'])
+def test_other_shifts_are_the_schedulers(longcat, scheduler):
+    backbone = longcat.method(backbone=dict(scheduler=scheduler)).backbone
+    sigmas = torch.tensor([1.0, 0.7, 0.2])
+    backbone.scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=0.5 + 0.65 * (512 - 256) / (4096 - 256))
+    shifted = backbone.shift_sigmas(sigmas, (32, 64))
+    assert torch.allclose(shifted, backbone.scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+
+
+def encode_prompt(tiny, prompts):
+    extra = dict(sd3=dict(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)).get(tiny.name, {})
+    with torch.no_grad():
+        parts = tiny.pipeline.encode_prompt(prompt=prompts, **extra)
+    fields = dict(encoder_hidden_states=parts[0])
+    if tiny.name != 'longcat':
+        fields['pooled_projections'] = parts[2 if tiny.name == 'sd3' else 1]
+    return fields
+
+
+def assert_same(condition, fields, atol=1e-5):
+    assert condition.fields.keys() == fields.keys()
+    for name, expected in fields.items():
+        assert condition.fields[name].shape == expected.shape and not condition.fields[name].requires_grad
+        assert torch.allclose(condition.fields[name], expected, rtol=0, atol=atol)
+
+
+def test_embeddings_equal_encode_prompt(tiny):
+    conditioner = tiny.method(backbone=dict(conditioner=dict(negative_prompt='blurry'))).backbone.conditioner
+    expected = encode_prompt(tiny, PROMPTS)
+    assert_same(conditioner.encode(PROMPTS), expected)
+    assert_same(conditioner.null(), encode_prompt(tiny, ['blurry']))
+    for field in expected.values():
+        assert (field[0] - field[1]).abs().max() > 1e-2
+
+
+def test_an_empty_text_is_the_default_null_condition(tiny):
+    backbone = tiny.method().backbone
+    assert_same(backbone.conditioner.null(), encode_prompt(tiny, ['']))
+    backbone.check_condition(backbone.conditioner.null())
+
+
+def test_every_text_encodes_and_only_long_ones_are_counted(tiny, warned):
+    conditioner = tiny.method().backbone.conditioner
+    prompts = ['', 'a', LONG, 'a cat ' * 10, '一只猫在雪地里', '🦊❄️ 👩‍🚀']
+    assert len(LONG.split()) == 2400
+    condition = conditioner.encode(prompts)
+    for name, field in condition.fields.items():
+        assert len(field) == 6 and field.isfinite().all()
+        differences = [(field[i] - field[j]).abs().max() for i in range(6) for j in range(i)]
+        assert min(differences) > 1e-3, name
+        # A prompt's row does not depend on those beside it.
+        assert torch.allclose(conditioner.encode(prompts[3:4]).fields[name], field[3:4], rtol=0, atol=1e-5)
+    encoders = dict(sd3=['CLIP', 'T5'], longcat=['Qwen2.5-VL'], flux=['CLIP', 'T5'])[tiny.name]
+    assert conditioner.truncated == {name: 1 for name in encoders}
+    for _ in range(3):
+        conditioner.encode([LONG, 'a', LONG])
+    assert conditioner.truncated == {name: 7 for name in encoders}
+    # One warning an encoder, for all batches; CLIP's must not hide T5's, which takes more.
+    assert len(warned['ours']) == len(encoders)
+    for name, text in zip(encoders, warned['ours']):
+        assert f'that {name} takes, its end is left out' in text
+    assert warned['diffusers'] == [] and warned['transformers'] == []
+
+
+def test_chinese_and_emoji_are_real_tokens(tiny):
+    """Without which the test above would compare encodings of the unknown token."""
+    for name, tokenizer in tiny.pipeline.components.items():
+        if name.startswith('tokenizer'):
+            ids = tokenizer('猫🦊').input_ids
+            assert len(set(ids)) > 4 and tokenizer.unk_token_id not in ids[:-1]
+
+
+def test_offloaded_encoders_encode_the_same_and_stay_behind(tiny, monkeypatch):
+    here = tiny.method().backbone
+    there = tiny.method(backbone=dict(conditioner=dict(offload=True))).backbone
+    assert_same(there.condition(dict(prompt=PROMPTS)), here.condition(dict(prompt=PROMPTS)).fields, atol=0)
+    assert_same(there.conditioner.null(), here.conditioner.null().fields, atol=0)
+    assert list(there.conditioner.parameters()) == [] and len(list(here.conditioner.parameters())) > 10
+    # They visit the device for every batch and come back, also from one that fails.
+    moves, encoders = [], there.conditioner.encoders
+    monkeypatch.setattr(encoders, 'to', lambda device: moves.append(device))
+    there.conditioner.encode(PROMPTS)
+    assert moves == [there.conditioner.device, 'cpu']
+    monkeypatch.setattr(there.conditioner, 'encode_texts', lambda prompts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        there.conditioner.encode(PROMPTS)
+    assert moves == [there.conditioner.device, 'cpu'] * 2
+    monkeypatch.undo()
+    for backbone, dtype in ((here, torch.float64), (there, torch.float32)):  # what .to() reaches
+        backbone.to(torch.float64)
+        assert {p.dtype for p in backbone.conditioner.encoders.parameters()} == {dtype}
+
+
+def test_encoders_of_the_pipeline_are_loaded_and_nothing_else(tiny):
+    pipeline = tiny.method().backbone.conditioner.pipeline
+    assert pipeline.transformer is None or {p.device.type for p in pipeline.transformer.parameters()} == {'meta'}
+    assert pipeline.vae is None
+
+
+def test_autoencoder_equals_diffusers(tiny):
+    codec, vae = tiny.method().backbone.codec, tiny.pipeline.vae
+    images = 2 * torch.rand(2, 3, 2 * tiny.size, tiny.size, generator=torch.Generator().manual_seed(0)) - 1
+    with torch.no_grad():
+        latents = (vae.encode(images).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+        decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+    assert codec.scale == tiny.pipeline.vae_scale_factor
+    assert torch.allclose(codec.encode(images), latents, rtol=0, atol=1e-5)
+    assert torch.allclose(codec.decode(latents), decoded.clamp(-1, 1), rtol=0, atol=1e-5)
+
+
+# The network's parts that a backbone names
+
+
+def test_named_parts_are_in_the_network(tiny):
+    backbone = tiny.method().backbone
+    network = backbone.build_network()
+    kinds = [type(m).__name__ for m in network.modules()]
+    blocks = [m for m in network.modules() if type(m).__name__ in backbone.repeated_blocks]
+    assert set(backbone.repeated_blocks) <= set(kinds)
+    # Every block of the trunk is one of them.
+    trunk = [m for child in network.children() if isinstance(child, nn.ModuleList) for m in child]
+    assert blocks == trunk and len(blocks) == 2
+    linears = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    for target in backbone.lora_targets:
+        assert any(name.endswith(f'.{target}') for name in linears), target
+    attention = {n for n in linears if '.attn.' in n}
+    assert attention == {n for n in linears if n.endswith(tuple(f'.{t}' for t in backbone.lora_targets))}
+    widths = []
+    network.get_submodule(backbone.time_embedder).register_forward_hook(lambda m, a, out: widths.append(out.shape[-1]))
+    backbone.velocity(network, tiny.noise(), torch.rand(2), backbone.condition(dict(prompt=PROMPTS)))
+    assert widths == [backbone.time_embedding_width()]
+    with pytest.raises(NotImplementedError):
+        super(type(backbone), backbone).call(network, None, None, None)
+
+
+def test_velocity_is_float32_of_any_network(tiny):
+    backbone = tiny.method().backbone
+    condition, sigma = backbone.condition(dict(prompt=PROMPTS)), torch.tensor([0.9, 0.3])
+    velocities = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        network = backbone.build_network(dtype)
+        assert network.dtype == dtype
+        velocities[dtype] = backbone.velocity(network, tiny.noise(), sigma, condition)
+        assert velocities[dtype].dtype == torch.float32 and velocities[dtype].shape == tiny.noise().shape
+    error = (velocities[torch.float32] - velocities[torch.bfloat16]).abs().max()
+    assert 0 < error < 0.05 * velocities[torch.float32].abs().max()
+
+
+def test_a_new_network_needs_only_its_dimensions(tiny):
+    """Without pretrained weights, with class labels and pixels, the shipped recipes' way."""
+    backbone = tiny.method().backbone
+    config = dict(backbone.config, joint_attention_dim=8)
+    channels = backbone.latent_channels // 4 * 4
+    if 'pooled_projection_dim' in config:
+        config['pooled_projection_dim'] = 4
+    if tiny.name == 'longcat':
+        config['in_channels'], channels = 16, 4
+    codec = dict(type='PixelCodec', scale=2)
+    method = MODELS.build(dict(type='FlowMatching', image_size=16, backbone=dict(
+        type=type(backbone).__name__, config=config, codec=codec,
+        conditioner=dict(type='ClassConditioner', num_classes=3))))
+    assert method.latent_shape(2) == (2, channels, 8, 8)
+    condition = method.backbone.condition(dict(prompt=[0, 2]))
+    noise = torch.randn(method.latent_shape(2))
+    assert method.velocity('student', noise, torch.tensor([0.5, 1.0]), condition).shape == noise.shape
+
+
+def test_an_exported_model_samples_by_itself(tiny, tmp_path):
+    method = tiny.method()
+    exported = load_method(str(export(method, tmp_path / 'out')), device='cpu')
+    noise = tiny.noise()
+    images = [sample_prompts(m, PROMPTS, noise, guidance_scale=2.0) for m in (method.eval(), exported)]
+    assert torch.equal(*images)
+
+
+# Training
+
+
+@pytest.mark.parametrize('type', ['CDM', 'DMD2', 'DecoupledDMD'])
+def test_a_step_of_every_method_trains_the_student(tiny, type):
+    torch.manual_seed(0)
+    method = tiny.method(type, student_every=1, fake_merge=0.0, anchor_aware_fake=True).train()
+    method.seed, method.iteration = 5, 0
+    before = {role: {n: p.clone() for n, p in getattr(method, role).named_parameters()}
+              for role in ('student', 'fake', 'teacher')}
+    encoders = [p.clone() for p in method.backbone.conditioner.parameters()]
+    optimizers = recording_optimizers(method, lr=0.01)
+    logs = method.train_step(dict(prompt=PROMPTS), optimizers)
+    assert logs['loss_fake'] > 0 and all(torch.as_tensor(v).isfinite().all() for v in logs.values())
+    for role in ('student', 'fake'):
+        gradients = [g for g in optimizers[role].gradients if g is not None]
+        assert all(g.isfinite().all() for g in gradients) and sum(g.abs().sum() for g in gradients) > 0
+    for role, changes in (('student', True), ('fake', True), ('teacher', False)):
+        now = dict(getattr(method, role).named_parameters())
+        assert any(not torch.equal(p, now[n]) for n, p in before[role].items()) == changes
+    # The anchor reaches the fake score, through its time embedding.
+    embedding = {n: g for (n, _), g in zip(method.fake.named_parameters(), optimizers['fake'].gradients)}
+    assert embedding['anchor_embedding.embedding.linear_2.weight'].abs().sum() > 0
+    assert all(torch.equal(a, b) for a, b in zip(encoders, method.backbone.conditioner.parameters()))
+
+
+# Compilation
+
+
+def compiled_and_plain(**kwargs):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain, compiled = (MODELS.build(dict(type='FlowMatching', **dict(
+        kwargs, backbone=dict(kwargs['backbone'], compile=value)))) for value in (False, True))
+    compiled.student.load_state_dict(plain.student.state_dict())  # compiled blocks keep their names
+    return plain, compiled
+
+
+def test_blocks_compile_whole_and_compute_the_same(tiny, monkeypatch):
+    """Traced and differentiated as with inductor, and run eagerly: inductor needs a minute for these two blocks."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, 'compile', lambda module: compile_module(module, backend='aot_eager'))
+    backbone = dict(type=tiny.backbone.__name__, pretrained=tiny.folder)
+    methods = compiled_and_plain(backbone=backbone, image_size=tiny.size)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    condition = methods[0].backbone.condition(dict(prompt=PROMPTS))
+    sigma, noise, velocities, gradients = torch.tensor([0.9, 0.3]), tiny.noise(), [], []
+    for method in methods:
+        velocities.append(method.velocity('student', noise, sigma, condition))
+        velocities[-1].square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in method.student.parameters() if p.grad is not None]))
+    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break']
+    assert torch.allclose(*velocities, rtol=0, atol=1e-5)
+    assert torch.allclose(*gradients, rtol=0, atol=1e-5) and gradients[0].abs().max() > 1e-4
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs g++')
+def test_a_block_compiles_with_inductor():
+    config = dict(in_channels=16, num_layers=0, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+                  joint_attention_dim=8, axes_dims_rope=[2, 2, 4])
+    methods = compiled_and_plain(image_size=16, backbone=dict(
+        type='LongCatImageBackbone', config=config, codec=dict(type='PixelCodec', scale=2),
+        conditioner=dict(type='ClassConditioner', num_classes=3)))
+    condition = methods[0].backbone.condition(dict(prompt=[0, 2]))
+    noise = torch.randn(methods[0].latent_shape(2))
+    with torch.no_grad():
+        velocities = [m.velocity('student', noise, torch.tensor([0.9, 0.3]), condition) for m in methods]
+    assert torch.allclose(*velocities, rtol=0, atol=1e-5) and velocities[0].abs().max() > 1e-2

@@ -1,0 +1,508 @@
+"""Exported folders, opened by diffusers alone and by this package, against the method that was exported."""
+import json
+import re
+import shutil
+
+import diffusers
+import pytest
+import tiny_pipelines
+import torch
+from huggingface_hub import ModelCard
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from safetensors import safe_open
+from tests_support import perturb, tiny_method
+
+from cdm_plugin.data import cache_embeddings
+from cdm_plugin.engine import StudentEMA
+from cdm_plugin.export import export
+from cdm_plugin.inference import load_method, sample_prompts
+
+PROMPTS = ['a red fox', 'dogs and birds']
+# name: writer, backbone, pixels of a side, arguments of from_pretrained and of every call
+TINY = {
+    'sd3': (tiny_pipelines.save_tiny_sd3, 'SD3Backbone', 16, {}, dict(guidance_scale=1.0)),
+    'sd3_without_t5': (lambda folder: tiny_pipelines.save_tiny_sd3(folder, t5=False), 'SD3Backbone', 16,
+                       dict(text_encoder_3=None, tokenizer_3=None), dict(guidance_scale=1.0)),
+    'longcat': (tiny_pipelines.save_tiny_longcat, 'LongCatImageBackbone', 64, dict(text_processor=None),
+                dict(guidance_scale=1.0, enable_prompt_rewrite=False)),
+    'flux': (lambda folder: tiny_pipelines.save_tiny_flux(folder, guidance_embeds=True), 'FluxBackbone', 16, {},
+             dict(guidance_scale=3.5)),
+}
+LORA = dict(rank=3, alpha=6)
+
+
+class Trained:
+    """A method on a source folder of its own, whose student, moving average and teacher differ."""
+
+    def __init__(self, name, folder, dtype=None, **kwargs):
+        _, backbone, self.size, self.loading, self.calling = TINY[name]
+        self.folder, options = folder, dict(conditioner=dict(t5=False)) if name == 'sd3_without_t5' else {}
+        options.update(kwargs.pop('backbone', {}))
+        self.config = Config(dict(model=dict(
+            dict(type='CDM', sample_sigmas=[1.0, 0.8, 0.5, 0.3], image_size=self.size),
+            backbone=dict(type=backbone, pretrained=str(folder), **options), **kwargs)))
+        torch.manual_seed(7)
+        self.method = MODELS.build(self.config.model).eval()
+        perturb(self.method.student)
+        self.method.student_ema = StudentEMA(self.method.student)
+        for weight in self.method.student_ema.weights.values():
+            weight.add_(0.05 * torch.randn_like(weight))
+        self.method.iteration = 11
+        self.noise = torch.randn(self.method.latent_shape(2), generator=torch.Generator().manual_seed(1))
+
+    def images(self, ema=True, role='student'):
+        """What the method itself makes."""
+        if ema:
+            with self.method.student_ema.applied():
+                return self.images(ema=False, role=role)
+        return sample_prompts(self.method, PROMPTS, self.noise, role=role)
+
+    def open(self, folder, **kwargs):
+        """The folder as diffusers opens it, without this package."""
+        with open(folder / 'model_index.json') as file:
+            kind = getattr(diffusers, json.load(file)['_class_name'])
+        pipeline = kind.from_pretrained(folder, **self.loading, **kwargs)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def draw(self, pipeline):
+        """What a diffusers pipeline makes, in [-1, 1]."""
+        noise = pipeline._pack_latents(self.noise, *self.noise.shape) if hasattr(pipeline, '_pack_latents') else (
+            self.noise)
+        images = pipeline(prompt=PROMPTS, latents=noise.to(pipeline.dtype), height=self.size, width=self.size,
+                          num_inference_steps=4, sigmas=self.method.sample_sigmas.tolist(), output_type='pt',
+                          **self.calling).images
+        return 2 * images.float() - 1
+
+
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory):
+    """Folder of a tiny pipeline by name, written once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / 'base'
+            TINY[name][0](made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def train(sources, tmp_path):
+    """Trained(name, ...), on a copy of the pipeline that the test may delete."""
+
+    def build(name, **kwargs):
+        return Trained(name, shutil.copytree(sources(name), tmp_path / 'source'), **kwargs)
+
+    return build
+
+
+def files(folder, *suffixes):
+    return sorted(p for p in folder.rglob('*') if p.suffix in suffixes)
+
+
+def weights(folder):
+    """Every tensor in the folder."""
+    found = {}
+    for file in files(folder, '.safetensors'):
+        with safe_open(file, 'pt') as content:
+            found.update({f'{file.relative_to(folder)}:{name}': content.get_tensor(name) for name in content.keys()})
+    return found
+
+
+def run_card(folder, monkeypatch, rename=None):
+    """Runs the first block of code in the model card as it stands, in the folder."""
+    code = re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL).group(1)
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        scope = {}
+        exec(code, scope)
+    return code, scope
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+# Whole pipelines
+
+
+@pytest.mark.parametrize('name', list(TINY))
+def test_the_exported_pipeline_makes_the_trained_images_without_source_and_package(name, train, tmp_path, monkeypatch):
+    trained = train(name)
+    expected, own, teacher = trained.images(), trained.images(ema=False), trained.images(False, 'teacher')
+    assert min((expected - own).abs().max(), (expected - teacher).abs().max(), (own - teacher).abs().max()) > 1e-3
+    state = {k: v.clone() for k, v in trained.method.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        export(trained.method, 'out', config=trained.config, prompts=PROMPTS)  # a relative path
+    export(trained.method, tmp_path / 'own', ema=False)
+    assert all(torch.equal(v, state[k]) for k, v in trained.method.state_dict().items())
+    moved = shutil.move(tmp_path / 'out', tmp_path / 'elsewhere')
+    shutil.rmtree(trained.folder)
+    pipeline = trained.open(moved)
+    close(trained.draw(pipeline), expected)
+    close(trained.draw(trained.open(tmp_path / 'own')), own)
+    loaded = load_method(str(moved), device='cpu')
+    assert torch.equal(sample_prompts(loaded, PROMPTS, trained.noise), expected)
+    again = MODELS.build(dict(type='CDM', backbone=dict(trained.config.model.backbone, pretrained=str(moved)),
+                              image_size=trained.size))
+    assert torch.equal(sample_prompts(again.eval(), PROMPTS, trained.noise, role='teacher',
+                                      sigmas=trained.method.sample_sigmas), expected)
+    assert {p.suffix for p in moved.rglob('*') if p.is_file()} == {'.json', '.safetensors', '.md', '.png', '.jinja'} - (
+        set() if name == 'longcat' and files(moved, '.jinja') else {'.jinja'})
+    assert not any(str(tmp_path) in file.read_text() for file in files(moved, '.json'))
+    if name == 'sd3_without_t5':
+        assert not (moved / 'text_encoder_3').exists() and pipeline.text_encoder_3 is None
+    code, scope = run_card(moved, monkeypatch)
+    assert 'sigmas=[1.0, 0.8, 0.5, 0.3]' in code and scope['image'].size == (trained.size,) * 2
+    assert (moved / 'image.png').is_file()
+
+
+def test_t5_can_be_left_out_of_a_pipeline_that_has_it(train, tmp_path, monkeypatch):
+    trained = train('sd3', backbone=dict(conditioner=dict(t5=False, max_sequence_length=77)))
+    out = export(trained.method, tmp_path / 'out')
+    parts = json.loads((out / 'cdm_parts.json').read_text())
+    assert parts['conditioner'] == dict(t5=False, max_sequence_length=77) and parts['codec'] == {}
+    assert not (out / 'text_encoder_3').exists()
+    code, scope = run_card(out, monkeypatch)
+    assert 'max_sequence_length=77' in code and scope['pipeline'].text_encoder_3 is None
+    trained.calling, trained.loading = dict(trained.calling, max_sequence_length=77), TINY['sd3_without_t5'][3]
+    close(trained.draw(trained.open(out)), trained.images())
+    # Single arguments of one's own leave the folder's as they are.
+    method = load_method(str(out), device='cpu')
+    halved = MODELS.build(dict(type='SD3Backbone', pretrained=str(out), conditioner=dict(dtype='bfloat16')))
+    assert not halved.conditioner.t5 and halved.conditioner.max_sequence_length == 77
+    assert {p.dtype for p in halved.conditioner.parameters()} == {torch.bfloat16}
+    assert torch.equal(sample_prompts(method, PROMPTS, trained.noise), trained.images())
+
+
+def test_bfloat16_halves_the_folder(train, tmp_path, monkeypatch):
+    trained = train('sd3')
+    small, full = export(trained.method, tmp_path / 'small', dtype='bfloat16'), export(trained.method, tmp_path / 'out')
+    assert {w.dtype for w in weights(small).values()} == {torch.bfloat16}
+    assert {w.dtype for w in weights(full).values()} == {torch.float32}
+    assert {p.dtype for p in trained.method.parameters()} == {torch.float32}
+    images = trained.draw(trained.open(small, dtype=torch.bfloat16))
+    assert (images - trained.images()).abs().max() < 0.2
+    code, scope = run_card(small, monkeypatch)
+    assert 'dtype=torch.bfloat16' in code and scope['pipeline'].transformer.dtype == torch.bfloat16
+
+
+def test_parts_that_trained_in_another_dtype_are_exported_in_the_networks(train, tmp_path):
+    trained = train('sd3', backbone=dict(conditioner=dict(dtype='bfloat16'), codec=dict(dtype='bfloat16')))
+    out = export(trained.method, tmp_path / 'out')
+    for name, weight in weights(trained.folder).items():
+        if not name.startswith('transformer'):
+            assert torch.equal(weights(out)[name], weight), name
+    trained.draw(trained.open(out))
+    parts = json.loads((out / 'cdm_parts.json').read_text())
+    assert parts['conditioner'] == parts['codec'] == dict(dtype='bfloat16')
+    assert torch.equal(sample_prompts(load_method(str(out), device='cpu'), PROMPTS, trained.noise), trained.images())
+
+
+@pytest.mark.parametrize('lora', [None, LORA])
+def test_a_student_of_cached_embeddings_gets_its_text_encoders(lora, train, tmp_path, monkeypatch):
+    prompts = tmp_path / 'prompts.txt'
+    prompts.write_text('\n'.join(PROMPTS))
+    text = train('sd3', backbone=dict(conditioner=dict(t5=False, max_sequence_length=77)))
+    cached = tmp_path / 'embeddings'
+    cache_embeddings(Config(dict(
+        model=text.config.model, train_dataloader=dict(dataset=dict(type='PromptDataset', ann_file=str(prompts))))),
+        str(cached), dtype='float32', device='cpu')
+    monkeypatch.chdir(tmp_path)
+    trained = Trained('sd3', text.folder.name, lora=lora,
+                      backbone=dict(conditioner=dict(type='EmbeddingConditioner', folder=str(cached))))
+    out = export(trained.method, tmp_path / 'out', prompts=PROMPTS)
+    assert len(files(out / 'samples', '.png')) == 2
+    loaded = load_method(str(out), device='cpu')
+    trained.method.backbone.conditioner = loaded.backbone.conditioner
+    assert torch.equal(sample_prompts(loaded, PROMPTS, trained.noise), trained.images())
+    assert not loaded.backbone.conditioner.t5 and not (out / 'text_encoder_3').exists()
+    saved = json.loads((out / 'cdm_parts.json').read_text())['conditioner']
+    assert saved == dict(t5=False, max_sequence_length=77)
+
+
+def test_a_processor_that_cannot_be_loaded_here_is_taken_over(train, tmp_path):
+    trained = train('longcat')
+    processor, index = trained.folder / 'text_processor', trained.folder / 'model_index.json'
+    processor.mkdir()
+    (processor / 'preprocessor_config.json').write_text('{"a": 1}')
+    (processor / 'old.bin').write_bytes(b'pickled')
+    entries = json.loads(index.read_text())
+    entries['text_processor'] = ['transformers', 'Qwen2_5_VLProcessor']
+    index.write_text(json.dumps(entries))
+    out = export(trained.method, tmp_path / 'out')
+    assert json.loads((out / 'model_index.json').read_text())['text_processor'] == entries['text_processor']
+    assert [p.name for p in (out / 'text_processor').iterdir()] == ['preprocessor_config.json']
+    close(trained.draw(trained.open(out)), trained.images())
+
+
+def test_a_conditioner_of_ones_own_lies_in_the_folder_too(train, tmp_path):
+    @MODELS.register_module(force=True)
+    class LoudConditioner(MODELS.get('SD3TextConditioner')):
+        def encode_texts(self, prompts):
+            return super().encode_texts([p.upper() for p in prompts])
+
+    trained = train('sd3')
+    config = dict(type='LoudConditioner', pretrained=str(trained.folder))
+    trained = Trained('sd3', trained.folder, backbone=dict(conditioner=config))
+    out = export(trained.method, tmp_path / 'out')
+    shutil.rmtree(trained.folder)
+    assert torch.equal(sample_prompts(load_method(str(out), device='cpu'), PROMPTS, trained.noise), trained.images())
+
+
+# LoRA
+
+
+@pytest.mark.parametrize('name', list(TINY))
+def test_the_lora_file_and_the_fused_pipeline_make_the_trained_images(name, train, tmp_path, monkeypatch):
+    trained = train(name, lora=LORA)
+    expected = trained.images()
+    assert (expected - trained.images(ema=False)).abs().max() > 1e-3
+    assert (expected - trained.images(False, 'teacher')).abs().max() > 1e-3
+    out = export(trained.method, tmp_path / 'out', config=trained.config, prompts=PROMPTS[:1])
+    assert {p.name for p in out.iterdir()} == {
+        'pytorch_lora_weights.safetensors', 'scheduler', 'cdm_parts.json', 'README.md', 'samples'}
+    pipeline = trained.open(trained.folder)
+    if name == 'longcat':
+        pipeline.transformer.load_lora_adapter(str(out), prefix='transformer', use_safetensors=True)
+    else:
+        pipeline.load_lora_weights(str(out))
+    close(trained.draw(pipeline), expected)
+    assert torch.equal(sample_prompts(load_method(str(out), device='cpu'), PROMPTS, trained.noise), expected)
+    code, scope = run_card(out, monkeypatch)
+    assert 'lora' in code and scope['image'].size == (trained.size,) * 2
+    # One's own weights, and another dtype.
+    half = export(trained.method, tmp_path / 'half', ema=False, dtype='bfloat16')
+    assert {w.dtype for w in weights(half).values()} == {torch.bfloat16}
+    assert (sample_prompts(load_method(str(half), device='cpu'), PROMPTS, trained.noise)
+            - trained.images(ema=False)).abs().max() < 0.05
+
+    fused = export(trained.method, tmp_path / 'fused', fuse=True)
+    shutil.rmtree(trained.folder)
+    close(trained.draw(trained.open(fused)), expected)
+    assert not any('lora' in key for key in weights(fused))
+    assert not any('lora' in file.read_text() for file in (fused / 'transformer').glob('*.json'))
+    close(sample_prompts(load_method(str(fused), device='cpu'), PROMPTS, trained.noise), expected)
+    with pytest.raises(FileNotFoundError, match=r'adapters of the base model .*source.*base\.pretrained'):
+        load_method(str(out), device='cpu')
+
+
+def test_a_lora_folder_can_be_fused_later(train, tmp_path):
+    trained = train('sd3', lora=LORA)
+    out = export(trained.method, tmp_path / 'lora')
+    fused = export(load_method(str(out), device='cpu'), tmp_path / 'fused', fuse=True)
+    close(trained.draw(trained.open(fused)), trained.images())
+
+
+def test_a_lora_student_over_a_bfloat16_base(train, tmp_path):
+    trained = train('sd3', lora=LORA, backbone=dict(dtype='bfloat16', conditioner=dict(t5=False)))
+    out = export(trained.method, tmp_path / 'out')
+    assert {w.dtype for w in weights(out).values()} == {torch.float32}
+    loaded = load_method(str(out), device='cpu')
+    assert loaded.base.dtype == torch.bfloat16 and not loaded.backbone.conditioner.t5
+    assert torch.equal(sample_prompts(loaded, PROMPTS, trained.noise), trained.images())
+    fused = weights(export(trained.method, tmp_path / 'fused', fuse=True))
+    assert {w.dtype for w in fused.values()} == {torch.bfloat16}
+    assert 'text_encoder_3=None' in (out / 'README.md').read_text()
+
+
+def test_a_class_conditional_lora_run_comes_back_too(tmp_path, monkeypatch):
+    method = MODELS.build(dict(
+        type='CDM', lora=LORA, backbone=dict(type='SD3Backbone', pretrained='asset:digits/teacher')))
+    perturb(method.student)
+    noise = torch.randn(method.latent_shape(2), generator=torch.Generator().manual_seed(0))
+    expected = sample_prompts(method.eval(), [3, 7], noise)
+    out = export(method, tmp_path / 'out')
+    assert json.loads((out / 'cdm_parts.json').read_text())['base']['pretrained'] == 'asset:digits/teacher'
+    assert torch.equal(sample_prompts(load_method(str(out), device='cpu'), [3, 7], noise), expected)
+    run_card(out, monkeypatch)
+    assert (out / 'image.png').is_file()
+    fused = export(method, tmp_path / 'fused', fuse=True)
+    assert {p.name for p in fused.iterdir()} == {'transformer', 'scheduler', 'cdm_parts.json'}
+    close(sample_prompts(load_method(str(fused), device='cpu'), [3, 7], noise), expected)
+
+
+def test_checkpoints_of_lora_runs_load_with_their_config(train, tmp_path):
+    trained = train('sd3', lora=LORA)
+    (tmp_path / 'config.py').write_text('\n'.join([
+        trained.config.pretty_text, 'train_dataloader = dict()', 'optim_wrapper = dict()', 'train_cfg = dict()']))
+    torch.save(dict(state_dict=trained.method.state_dict(), student_ema=trained.method.student_ema.state_dict(),
+                    meta=dict(iter=12)), tmp_path / 'iter_12.pth')
+    loaded = load_method(str(tmp_path / 'config.py'), str(tmp_path / 'iter_12.pth'), device='cpu')
+    out = export(loaded, tmp_path / 'out')
+    assert torch.equal(sample_prompts(load_method(str(out), device='cpu'), PROMPTS, trained.noise), trained.images())
+    assert '| iterations | 12 |' in (out / 'README.md').read_text()
+
+
+# The model card
+
+
+def test_the_card_says_what_the_model_is(train, tmp_path):
+    trained = train('sd3')
+    (trained.folder / 'README.md').write_text(
+        '---\nlicense: other\nlicense_name: acme-community\nlicense_link: LICENSE.md\n---\n# Base\n')
+    (trained.folder / 'LICENSE.md').write_text('Do good.')
+    config = Config(dict(trained.config.to_dict(), note='````', hub=dict(token='hf_secret', others=['a'])))
+    prompts = ['a [red]\nfox']
+    out = export(trained.method, tmp_path / 'out', config=config, prompts=prompts, iterations=40)
+    text, card = (out / 'README.md').read_text(), ModelCard.load(out / 'README.md')
+    assert card.data.library_name == 'diffusers' and card.data.pipeline_tag == 'text-to-image'
+    assert {'cdm', 'distillation'} <= set(card.data.tags) and card.data.base_model is None
+    assert (card.data.license, card.data.license_name, card.data.license_link) == (
+        'other', 'acme-community', 'LICENSE.md')
+    assert (out / 'LICENSE.md').read_text() == 'Do good.'
+    for part in ('| method | CDM |', '| iterations | 40 |', 'alpha', 'DynamicTimeGrid', 'cdm (CDMLoss, weight 1)',
+                 f'| torch | {torch.__version__} |', '<details>', "sample_sigmas=[", 'a red fox',
+                 '![a red fox](samples/0000.png)', 'guidance_scale=1.0'):
+        assert part in text, part
+    assert 'hf_secret' not in text
+
+
+def test_the_licence_of_an_unknown_base_is_named_as_such(train, tmp_path):
+    trained = train('sd3')
+    (trained.folder / 'README.md').write_text('---\n[broken\n---\n')
+    out = export(trained.method, tmp_path / 'out')
+    assert ModelCard.load(out / 'README.md').data.license == 'other'
+    assert 'The licence of the base model, source, applies' in (out / 'README.md').read_text()
+
+
+def test_a_base_of_the_hub_is_named_by_its_id(sources, tmp_path, monkeypatch):
+    commit = '0123456789abcdef0123456789abcdef01234567'
+    repo = tmp_path / 'cache/models--acme--tiny'
+    shutil.copytree(sources('sd3'), repo / 'snapshots' / commit)
+    (repo / 'snapshots' / commit / 'README.md').write_text('---\nlicense: apache-2.0\nlicense_link: L.md\n---\n')
+    (repo / 'refs').mkdir()
+    (repo / 'refs/main').write_text(commit)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    hub = dict(cache_dir=str(tmp_path / 'cache'), local_files_only=True)
+    trained = Trained('sd3', 'acme/tiny', backbone=hub)
+    out = export(trained.method, tmp_path / 'out', dtype='bfloat16')
+    card = ModelCard.load(out / 'README.md').data
+    assert (card.base_model, card.license) == ('acme/tiny', 'apache-2.0')
+    assert card.license_link == 'https://huggingface.co/acme/tiny/blob/main/L.md'
+    trained = Trained('sd3', 'acme/tiny', backbone=hub, lora=LORA)
+    lora = export(trained.method, tmp_path / 'lora')
+    assert "from_pretrained('acme/tiny', dtype=torch.float32)" in (lora / 'README.md').read_text()
+    assert torch.equal(sample_prompts(load_method(str(lora), device='cpu'), PROMPTS, trained.noise), trained.images())
+
+
+def test_the_card_of_an_undistilled_model_keeps_its_guidance(train, tmp_path, monkeypatch):
+    trained = train('sd3', type='FlowMatching')
+    out = export(trained.method, tmp_path / 'out')
+    assert 'guidance_scale=7.0' in run_card(out, monkeypatch)[0]
+    text = (out / 'README.md').read_text()
+    assert '| method | FlowMatching |' in text and 'Guidance is built in' not in text
+
+
+# What an export leaves alone
+
+
+def test_random_numbers_go_on_as_without_an_export(train, tmp_path):
+    trained = train('sd3')
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    export(trained.method, tmp_path / 'out', prompts=PROMPTS, dtype='bfloat16')
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_new_export_replaces_an_earlier_one_whole_or_not_at_all(train, tmp_path, monkeypatch):
+    trained = train('sd3')
+    out = export(trained.method, tmp_path / 'out', prompts=PROMPTS)
+    (out / 'notes.txt').write_text('mine')
+    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCard, 'save', lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export(trained.method, out, ema=False)
+    assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before
+    without = Trained('sd3_without_t5', trained.folder)
+    export(without.method, out)
+    assert not (out / 'text_encoder_3').exists() and not (out / 'samples').exists()
+    assert (out / 'notes.txt').read_text() == 'mine'
+    close(without.draw(without.open(out)), without.images())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'source']
+
+
+def test_nothing_of_somebody_elses_is_overwritten(train, sources, tmp_path):
+    trained = train('sd3')
+    before = sorted(p for p in tmp_path.rglob('*'))
+    with pytest.raises(ValueError, match='holds the model that the student was made from'):
+        export(trained.method, trained.folder)
+    with pytest.raises(ValueError, match='holds the model that the student was made from'):
+        export(trained.method, tmp_path)
+    with pytest.raises(ValueError, match='that `cdm export` did not write'):
+        export(trained.method, sources('longcat'))
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='is a file'):
+        export(trained.method, tmp_path / 'file')
+    (tmp_path / 'file').unlink()
+    assert sorted(p for p in tmp_path.rglob('*')) == before
+
+
+def test_mistakes_are_named(train, tmp_path):
+    trained = train('sd3')
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16"):
+        export(trained.method, tmp_path / 'out', dtype='float16')
+    with pytest.raises(ValueError, match='fuse=True adds the adapters of model.lora'):
+        export(trained.method, tmp_path / 'out', fuse=True)
+    with pytest.raises(ValueError, match='adapters of model.lora cannot be exported'):
+        export(tiny_method(dtype=torch.float32, lora=dict(rank=2)), tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('lora', [None, LORA], ids=['full', 'lora'])
+def test_a_method_on_the_gpu_is_exported_from_there(lora, train, tmp_path):
+    trained = train('sd3', lora=lora)
+    expected = weights(export(trained.method, tmp_path / 'cpu', fuse=lora is not None))
+    trained.method.cuda()
+    trained.method.student_ema.weights = {k: w.cuda() for k, w in trained.method.student_ema.weights.items()}
+    random = torch.cuda.get_rng_state()
+    out = export(trained.method, tmp_path / 'gpu', fuse=lora is not None, prompts=PROMPTS)
+    assert torch.equal(torch.cuda.get_rng_state(), random) and trained.method.device.type == 'cuda'
+    assert all(p.device.type == 'cuda' for p in trained.method.parameters())
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(out).items())
+
+
+# Other models
+
+
+def test_a_class_conditional_model_is_a_network_and_its_parts(tmp_path):
+    method = tiny_method(dtype=torch.float32).eval()
+    out = export(method, tmp_path / 'out', prompts=[0, 2])
+    assert {p.name for p in out.iterdir()} == {'transformer', 'scheduler', 'cdm_parts.json', 'samples'}
+    noise = torch.randn(method.latent_shape(2))
+    assert torch.equal(sample_prompts(load_method(str(out), device='cpu'), [0, 2], noise),
+                       sample_prompts(method, [0, 2], noise))
+
+
+@pytest.mark.parametrize('name', list(TINY))
+def test_any_pipeline_of_a_known_architecture_opens(name, sources):
+    folder, size = sources(name), TINY[name][2]
+    method = load_method(str(folder), device='cpu', image_size=size)
+    assert len(method.sample_sigmas) == method.backbone.pipeline_defaults()['num_inference_steps'] > 4
+    trained = Trained(name, folder)
+    expected = sample_prompts(trained.method, PROMPTS, trained.noise, role='teacher')
+    assert torch.equal(
+        sample_prompts(method, PROMPTS, trained.noise, sigmas=trained.method.sample_sigmas), expected)
+
+
+def test_load_method_takes_another_image_size_and_says_what_it_cannot_open(train, tmp_path):
+    out = export(train('sd3').method, tmp_path / 'out')
+    assert load_method(str(out), device='cpu').latent_size == (8, 8)
+    assert load_method(str(out), device='cpu', image_size=8).latent_size == (4, 4)
+    assert load_method(str(out), device='cpu', image_size=(8, 16)).latent_size == (4, 8)
+    with pytest.raises(ValueError, match='image size'):
+        load_method(str(out), device='cpu', image_size=17)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='no folder that `cdm export` wrote, and no diffusers pipeline'):
+        load_method(str(tmp_path / 'empty'))
+    (tmp_path / 'empty/model_index.json').write_text('{"_class_name": "AcmePipeline"}')
+    with pytest.raises(ValueError, match='AcmePipeline, and no registered backbone.*StableDiffusion3Pipeline'):
+        load_method(str(tmp_path / 'empty'))
