@@ -40,27 +40,79 @@ def sample(args: argparse.Namespace) -> None:
     from cdm_plugin.draws import stream
     from cdm_plugin.images import labelled_grid, save_png, save_pngs
     from cdm_plugin.inference import load_method, sample_prompts, step_sigmas, student_weights
-    method = load_method(args.source, args.checkpoint)
-    if not hasattr(method, args.role):
-        raise ValueError(f'{args.source} has no {args.role}: give the config that trained it, with --checkpoint')
-    prompts = [p for p in args.prompts for _ in range(args.num)]
+    texts = read_prompts(args.prompts)
+    size = None
+    if args.height or args.width:
+        size = (args.height or args.width, args.width or args.height)
+    method = load_method(args.source, args.checkpoint, image_size=size)
+    for role in {args.role, 'teacher' if args.teacher else args.role}:
+        if not hasattr(method, role):
+            raise ValueError(f'{args.source} has no {role}: give the config that trained it, with --checkpoint')
+    prompts = [p for p in texts for _ in range(args.num)]
     noise = torch.randn(method.latent_shape(len(prompts)), generator=stream(args.seed, 'sample'))
     sigmas = step_sigmas(args.steps) if args.steps else None
+    drawn = {}
     with student_weights(method, not args.no_ema):
-        images = sample_prompts(method, prompts, noise, args.batch_size, sigmas=sigmas, role=args.role,
-                                guidance_scale=args.guidance_scale)
-    out = Path(args.out)
-    save_pngs(images, out, [f'{i:04d}' for i in range(len(images))])
-    rows = {f'{i} {str(p)[:40]}': images[i * args.num:(i + 1) * args.num] for i, p in enumerate(args.prompts)}
-    print(f'{len(images)} images in {out}, contact sheet {save_png(labelled_grid(rows), out / "grid.png")}')
+        drawn[args.role] = sample_prompts(method, prompts, noise, args.batch_size, progress=args.role, sigmas=sigmas,
+                                          role=args.role, guidance_scale=args.guidance_scale)
+    if args.teacher:
+        scale = 1 + method.alpha if args.teacher_guidance_scale is None else args.teacher_guidance_scale
+        drawn['teacher'] = sample_prompts(method, prompts, noise, args.batch_size, progress='teacher', role='teacher',
+                                          sigmas=step_sigmas(args.teacher_steps), guidance_scale=scale)
+    out, rows = Path(args.out), {}
+    for role, images in drawn.items():
+        prefix = '' if role == args.role else f'{role}_'
+        save_pngs(images, out, [f'{prefix}{i:04d}' for i in range(len(images))])
+    for i, text in enumerate(texts):
+        for role, images in drawn.items():
+            label = f'{i} {str(text)[:40]}' + (f' ({role})' if len(drawn) > 1 else '')
+            rows[label] = images[i * args.num:(i + 1) * args.num]
+    sheet = save_png(labelled_grid(rows), out / 'grid.png')
+    print(f'{sum(map(len, drawn.values()))} images in {out}, contact sheet {sheet}')
+
+
+def read_prompts(values: List[str]) -> List[str]:
+    """Prompts of the command line: texts, or one txt, jsonl or csv file of them (column `prompt`)."""
+    if len(values) != 1 or Path(values[0]).suffix.lower() not in ('.txt', '.jsonl', '.csv'):
+        return values
+    from cdm_plugin.data import PromptDataset
+    dataset = PromptDataset(ann_file=values[0])
+    return [dataset[i]['prompt'] for i in range(len(dataset))]
+
+
+def cache(args: argparse.Namespace) -> None:
+    """Encodes the prompts of a config's dataset once, for training without text encoders."""
+    from cdm_plugin.config import load_config
+    from cdm_plugin.data import cache_embeddings
+    report = cache_embeddings(load_config(args.config, args.cfg_options), args.out, batch_size=args.batch_size,
+                              shard_size=args.shard_size, dtype=args.dtype, dataset=args.dataset)
+    cut = ', '.join(f'{n} of them cut to what {encoder} takes' for encoder, n in report.truncated.items())
+    print(f'{report.prompts} prompts{" (" + cut + ")" if cut else ""} in {report.shards} shards, '
+          f'{report.bytes / 2**20:.1f} MiB, {report.reused_shards} shards of them from an earlier run: {report.folder}')
+    print('to train on them: train_dataloader.dataset=dict(type=\'EmbeddingDataset\', '
+          f'data_root={report.folder!r}) and model.backbone.conditioner=dict(type=\'EmbeddingConditioner\', '
+          f'folder={report.folder!r})')
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Says what a config resolves to, what it needs and what would fail, before anything is loaded."""
+    from cdm_plugin.config import read_config
+    from cdm_plugin.doctor import diagnose, format_report
+    print(format_report(diagnose(read_config(args.config, args.cfg_options), gpus=args.gpus)))
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a trained student as a folder of diffusers' layout."""
-    from cdm_plugin.inference import export as export_student
+    """Writes a trained student as a diffusers pipeline or LoRA file, with a model card."""
+    from cdm_plugin.config import load_config
+    from cdm_plugin.export import export as export_student
     from cdm_plugin.inference import load_method
-    method = load_method(args.config, args.checkpoint, device='cpu')
-    folder = export_student(method, args.out, ema=not args.no_ema)
+    method = load_method(args.source, args.checkpoint, device='cpu')
+    is_folder = Path(args.source).is_dir()
+    if args.checkpoint is None and not is_folder:
+        raise ValueError('--checkpoint is missing: a checkpoint file or a work directory of this config')
+    folder = export_student(method, args.out, ema=not args.no_ema, dtype=args.dtype, fuse=args.fuse,
+                            config=None if is_folder else load_config(args.source),
+                            prompts=args.prompts and read_prompts(args.prompts))
     used = 'EMA' if method.student_ema is not None and not args.no_ema else 'own'
     print(f'exported the student ({used} weights) to {folder}')
 
@@ -108,21 +160,45 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(sample)
     command.add_argument('source', help='an exported folder, a config file or a shipped recipe')
     command.add_argument('--checkpoint', help='for a config: a checkpoint or a work directory')
-    command.add_argument('--prompts', nargs='+', required=True, help='texts, or class labels')
+    command.add_argument('--prompts', nargs='+', required=True,
+                         help='texts, or class labels, or one txt, jsonl or csv file of prompts')
     command.add_argument('--num', type=positive, default=8, help='images a prompt (default 8)')
     command.add_argument('--steps', type=positive, help='default: model.sample_sigmas')
     command.add_argument('--seed', type=int, default=0)
     command.add_argument('--role', choices=['student', 'teacher', 'fake'], default='student')
     command.add_argument('--guidance-scale', type=float, default=1.0, help='default 1, off')
-    command.add_argument('--batch-size', type=positive, default=16)
+    command.add_argument('--height', type=positive, help='pixels; default: model.image_size')
+    command.add_argument('--width', type=positive, help='pixels; default: as --height')
+    command.add_argument('--teacher', action='store_true', help='the teacher on the same noise beside it')
+    command.add_argument('--teacher-steps', type=positive, default=28, help='default 28')
+    command.add_argument('--teacher-guidance-scale', type=float, help='default 1 + model.alpha')
+    command.add_argument('--batch-size', type=positive, default=4, help='default 4')
     command.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
     command.add_argument('--out', default='samples', help='folder for the PNG files (default samples)')
 
     command = add(export)
-    command.add_argument('config', help='a config file or a shipped recipe')
-    command.add_argument('--checkpoint', required=True, help='a checkpoint or a work directory')
+    command.add_argument('source', help='a config file, a shipped recipe, or an exported LoRA folder (with --fuse)')
+    command.add_argument('--checkpoint', help='for a config: a checkpoint or a work directory')
     command.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
+    command.add_argument('--dtype', choices=['float32', 'bfloat16'], help="of the files; default: the network's own")
+    command.add_argument('--fuse', action='store_true', help='a whole pipeline, the adapters added to its weights')
+    command.add_argument('--prompts', nargs='+', help='images of these for the model card; or a file of prompts')
     command.add_argument('--out', required=True, help='folder to write')
+
+    command = add(cache)
+    command.add_argument('config', help='a config file or a shipped recipe')
+    command.add_argument('--out', required=True, help='folder of the embeddings')
+    command.add_argument('--dataset', default='train_dataloader.dataset', metavar='KEY',
+                         help='where the dataset stands in the config (default train_dataloader.dataset)')
+    command.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'], default='bfloat16')
+    command.add_argument('--batch-size', type=positive, default=32)
+    command.add_argument('--shard-size', type=positive, default=1024, help='prompts a file (default 1024)')
+    command.add_argument('--cfg-options', **options)
+
+    command = add(doctor)
+    command.add_argument('config', help='a config file or a shipped recipe')
+    command.add_argument('--gpus', type=positive, default=1, help='GPUs that it will run on (default 1)')
+    command.add_argument('--cfg-options', **options)
 
     add(plugins)
 

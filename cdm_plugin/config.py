@@ -34,9 +34,15 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
         FileNotFoundError: If there is no such config.
         ValueError: If the config has a mistake that `check_config` finds.
     """
+    cfg = read_config(path, options)
+    check_config(cfg)
+    return cfg
+
+
+def read_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
+    """The same without the check."""
     cfg = Config.fromfile(find_config(path))
     cfg.merge_from_dict(options or {})
-    check_config(cfg)
     return cfg
 
 
