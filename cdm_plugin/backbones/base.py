@@ -116,7 +116,10 @@ class Backbone(nn.Module):
             network = self._load_network(dtype)
         if self.compile:
             network._repeated_blocks = list(self.repeated_blocks)
-            network.compile_repeated_blocks()
+            # The rollout's batch shrinks, and three roles call the blocks with and without gradient: with torch's
+            # limit of 8 variants the rest would run uncompiled.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            network.compile_repeated_blocks(dynamic=True)
         return network
 
     def _load_network(self, dtype: torch.dtype) -> ModelMixin:

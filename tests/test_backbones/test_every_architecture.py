@@ -280,7 +280,8 @@ def compiled_and_plain(**kwargs):
 def test_blocks_compile_whole_and_compute_the_same(tiny, monkeypatch):
     """Traced and differentiated as with inductor, and run eagerly: inductor needs a minute for these two blocks."""
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, 'compile', lambda module: compile_module(module, backend='aot_eager'))
+    monkeypatch.setattr(nn.Module, 'compile',
+                        lambda module, **kwargs: compile_module(module, **{**kwargs, 'backend': 'aot_eager'}))
     backbone = dict(type=tiny.backbone.__name__, pretrained=tiny.folder)
     methods = compiled_and_plain(backbone=backbone, image_size=tiny.size)
     counters = torch._dynamo.utils.counters
