@@ -16,13 +16,11 @@ from cdm_plugin import attention as kernels
 from cdm_plugin.assets import resolve
 from cdm_plugin.codecs import Codec
 from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import HUB_KEYS, Conditioner, check_dtype
+from cdm_plugin.conditioners import HUB_KEYS, Conditioner, check_dtype, check_load_keys
 from cdm_plugin.flow import full_precision, shift_sigmas
 from cdm_plugin.networks import dtype_of
 
 PARTS_FILE = 'cdm_parts.json'
-# What `from_pretrained` may be told.
-LOAD_KEYS = ('revision', 'variant', 'cache_dir', 'local_files_only', 'token', 'force_download', 'use_safetensors')
 
 
 def pack(x: Tensor) -> Tensor:
@@ -81,11 +79,7 @@ class Backbone(nn.Module):
         if pretrained is None and config is None:
             raise ValueError('model.backbone needs pretrained (hub id or folder) or config (dimensions of a new '
                              'network), but has neither')
-        unknown = sorted(set(load_kwargs) - set(LOAD_KEYS))
-        if unknown:
-            raise ValueError(f'model.backbone.{unknown[0]} is unknown: {type(self).__name__} takes pretrained, config, '
-                             'conditioner, codec, scheduler, subfolder, dtype, attention, compile, quantization, '
-                             f'{", ".join(LOAD_KEYS)}')
+        check_load_keys(load_kwargs, 'model.backbone', type(self))
         self.pretrained = None if pretrained is None else self._check_folder(resolve(pretrained), pretrained)
         self.subfolder, self.load_kwargs = subfolder, load_kwargs
         self.dtype = check_dtype(dtype, 'model.backbone.dtype')
