@@ -64,8 +64,9 @@ class Backbone(nn.Module):
     conditioner_type: str
     # Name of the network's submodule whose output is the time embedding (an anchor-aware fake score adds to it).
     time_embedder: str
-    # Linear layers that LoRA adapts by default, by the end of their names.
-    lora_targets: Sequence[str] = ('to_q', 'to_k', 'to_v', 'to_out.0')
+    # Linear layers that LoRA adapts by default, by the end of their names: all of the attention's, image and text.
+    lora_targets: Sequence[str] = ('to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj',
+                                   'to_add_out')
     # Class names of the blocks that repeat: the units of compilation and of sharding.
     repeated_blocks: Sequence[str] = ()
     # Latents a token covers, per side.
