@@ -14,7 +14,9 @@ from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
 from cdm_plugin.engine import StudentEMA
+from cdm_plugin.data import check_cache
 from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
 
 
@@ -25,6 +27,18 @@ def method_of(runner: Any) -> DiffusionModel:
         raise TypeError(f'CDMHook works with the methods of cdm_plugin (model.type CDM, DecoupledDMD, DMD2, '
                         f'FlowMatching), but model.type is {type(model).__name__}')
     return model
+
+
+def check_resumed(saved: Dict[str, Any], model: Dict[str, Any]) -> None:
+    """Compares the model's config with that of the checkpoint: adapters must be the same, the rest may change."""
+    for key in ('rank', 'alpha', 'target_modules'):
+        old, new = ((m.get('lora') or {}).get(key) for m in (saved, model))
+        if old != new:
+            raise ValueError(f'model.lora.{key}={new!r}, but the run that is resumed was trained with {old!r}')
+    changed = [key for key in TRAINED_KEYS if key != 'lora' and saved.get(key) != model.get(key)]
+    if changed:
+        print_log(f'the run is resumed with other settings than it was trained with: model.{", model.".join(changed)}',
+                  'current', level=30)
 
 
 @HOOKS.register_module()
@@ -61,6 +75,9 @@ class CDMHook(Hook):
         method = method_of(runner)
         method.seed = runner.seed
         self._ema_loaded = False
+        if isinstance(runner.optim_wrapper, OptimWrapperDict):  # a run without training has none
+            method.autocast_dtype = getattr(runner.optim_wrapper['student'], 'dtype', None)
+        method.set_attention(method.autocast_dtype, training=runner._train_loop is not None)
         if self.ema_decay is not None:
             method.student_ema = StudentEMA(method.student, self.ema_decay)
 
@@ -79,8 +96,6 @@ class CDMHook(Hook):
         if method.student_ema is not None and not (runner._resume and self._ema_loaded):
             method.student_ema.reset()
             self._ema_loaded = True
-        method.autocast_dtype = getattr(runner.optim_wrapper['student'], 'dtype', None)
-        method.set_attention(method.autocast_dtype)
         self._defer_logs(runner, method)
         self._check_data(runner, method)
         self._check_accumulation(runner, method)
@@ -90,7 +105,13 @@ class CDMHook(Hook):
         every iteration."""
         self._log_intervals = [hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)]
         self._logs.clear()
-        method.log_sink = self._logs.append
+        method.log_sink = self._logs.append if self._log_intervals else None
+
+    def after_train(self, runner: Any) -> None:
+        """The method is as before the training, but for its weights."""
+        self._flush_logs(runner)
+        method = method_of(runner)
+        method.log_sink = method.autocast_dtype = None
 
     def _logs_are_due(self, runner: Any, batch_idx: int) -> bool:
         """Whether a LoggerHook, which comes later, reads them in this iteration."""
@@ -100,7 +121,9 @@ class CDMHook(Hook):
     def _flush_logs(self, runner: Any) -> None:
         """Brings the waiting scalars to the host in one copy, and into MMEngine's history in their order."""
         tensors = [value for logs in self._logs for value in logs.values() if isinstance(value, Tensor)]
-        numbers = iter(torch.stack([t.detach().float() for t in tensors]).tolist() if tensors else [])
+        device = method_of(runner).device
+        numbers = iter(torch.stack([t.detach().to(device, torch.float32).reshape(()) for t in tensors]).tolist()
+                       if tensors else [])
         for logs in self._logs:
             for key, value in logs.items():
                 runner.message_hub.update_scalar(f'train/{key}', next(numbers) if isinstance(value, Tensor) else value)
@@ -113,6 +136,7 @@ class CDMHook(Hook):
             return  # a look would take the sample away
         if len(dataset) == 0:
             raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
+        check_cache(dataset, method.backbone)
         data = method.data_preprocessor([dataset[0]], True)
         with torch.no_grad():
             condition = method.backbone.condition(data).to(method.device)
@@ -196,13 +220,20 @@ class CDMHook(Hook):
         if method.student_ema is not None:
             checkpoint['student_ema'] = method.student_ema.state_dict()
         checkpoint['message_hub'] = pack_message_hub(checkpoint['message_hub'])
-        for key in ('meta', 'optimizer', 'param_schedulers'):
+        checkpoint['config'] = runner.cfg.to_dict()
+        for key in ('config', 'meta', 'optimizer', 'param_schedulers'):
             if key in checkpoint:
                 checkpoint[key] = plain(checkpoint[key])
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
-        """Takes the EMA back; the inverse of `before_save_checkpoint`."""
+        """Takes the EMA back; the inverse of `before_save_checkpoint`.
+
+        Raises:
+            ValueError: If a run is resumed with other adapters than it has trained.
+        """
         method = method_of(runner)
+        if runner._resume and 'config' in checkpoint:
+            check_resumed(checkpoint['config'].get('model', {}), runner.cfg.model)
         if method.student_ema is not None and 'student_ema' in checkpoint:
             method.student_ema.load_state_dict(checkpoint['student_ema'])
             self._ema_loaded = True

@@ -197,8 +197,13 @@ class Backbone(nn.Module):
                 self.pretrained, subfolder=self.subfolder, **self._hub_kwargs))
         except OSError as error:
             cause = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(f'model.backbone.pretrained={self.pretrained!r} is no diffusers pipeline (it has '
-                                    f'no {self.subfolder}/config.json), or cannot be reached: {cause}') from error
+            if Path(self.pretrained).is_dir():
+                raise FileNotFoundError(f'model.backbone.pretrained={self.pretrained!r} is no diffusers pipeline: it '
+                                        f'has no {self.subfolder}/config.json') from error
+            raise FileNotFoundError(
+                f'model.backbone.pretrained={self.pretrained!r} is no folder here, and as a hub id it is not in the '
+                f'local cache and cannot be fetched (no connection, no access, or no such repository): {cause}'
+                ) from error
         found = loaded.get('_class_name', self.network_class.__name__)
         if found != self.network_class.__name__:
             fitting = [name for name, cls in MODELS.module_dict.items()

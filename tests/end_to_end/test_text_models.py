@@ -1,9 +1,11 @@
 """The whole path of the models that the package is for, on tiny pipelines of their classes: train, be stopped, resume,
 sample, export, and open the export with diffusers alone."""
 import diffusers
+import numpy as np
 import pytest
 import torch
 from mmengine.runner import Runner
+from PIL import Image
 from recipes import LONGCAT, LONGCAT_LORA, SD3, SD3_LORA
 from test_training import same_bits
 from tiny_pipelines import save_tiny_longcat, save_tiny_sd3
@@ -37,7 +39,8 @@ def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
     _, size, pipeline_name, loading = MODELS[name]
     options = {
         'model.type': method, 'model.backbone.pretrained': str(sources / name), 'model.backbone.config': None,
-        'model.backbone.dtype': 'float32', 'model.backbone.conditioner.dtype': 'float32', 'model.image_size': size, 'model.time_grid.max_steps': 3,
+        'model.backbone.dtype': 'float32', 'model.backbone.conditioner.dtype': 'float32',
+        'model.image_size': size, 'model.time_grid.max_steps': 3,
         'model.student_every': 1, 'train_dataloader.batch_size': 2, 'train_dataloader.num_workers': 0,
         'train_dataloader.persistent_workers': False,
         'train_dataloader.dataset.ann_file': str(sources / 'prompts.txt'), 'log_level': 'ERROR',
@@ -82,3 +85,69 @@ def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
     assert main(['sample', str(tmp_path / 'student'), '--prompts', *PROMPTS, '--num', '1', '--steps', '2',
                  '--out', str(tmp_path / 'images')]) == 0
     assert len(list((tmp_path / 'images').glob('*.png'))) == 3
+
+
+def write_config(folder, source, **changes):
+    """A LoRA config of one's own on a tiny SD3."""
+    cfg = load_config(SD3_LORA, {
+        'model.backbone.pretrained': str(source), 'model.backbone.config': None, 'model.backbone.dtype': 'float32',
+        'model.image_size': 16, 'train_dataloader.batch_size': 2, 'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False, 'log_level': 'ERROR', 'train_cfg.max_iters': 2,
+        'custom_hooks': [dict(type='CDMHook')], **changes})
+    cfg.param_scheduler = None
+    cfg.dump(folder / 'config.py')
+    return str(folder / 'config.py')
+
+
+def test_a_checkpoint_knows_how_it_was_trained(sources, tmp_path, capsys):
+    """model.type and model.lora as on the command line of the training, whatever the config says at export."""
+    config = write_config(tmp_path, sources / 'sd3', **{
+        'train_dataloader.dataset.ann_file': str(sources / 'prompts.txt')})
+    run, out = str(tmp_path / 'run'), tmp_path / 'out'
+    swapped = ['--cfg-options', 'model.type=DMD2', 'model.student_every=1', 'model.lora.rank=2', 'model.lora.alpha=8']
+    assert main(['train', config, '--work-dir', run, *swapped]) == 0
+    assert main(['export', config, '--checkpoint', run, '--out', str(out)]) == 0
+    card = (out / 'README.md').read_text()
+    assert '| method | DMD2 |' in card and "type='DMD2'" in card and 'rank 2, alpha 8' in card
+    capsys.readouterr()
+    assert main(['train', config, '--work-dir', run, '--resume', *swapped[:-1], 'model.lora.alpha=64',
+                 'train_cfg.max_iters=4']) == 2
+    assert "model.lora.alpha=64, but the run that is resumed was trained with 8" in capsys.readouterr().err
+
+
+def test_cached_embeddings_of_another_model_are_refused(sources, tmp_path, capsys):
+    save_tiny_sd3(tmp_path / 'other', seed=1)
+    data = {'train_dataloader.dataset.ann_file': str(sources / 'prompts.txt')}
+    config = write_config(tmp_path, sources / 'sd3', **data)
+    cached = str(tmp_path / 'cache')
+    assert main(['cache', config, '--out', cached]) == 0
+    cfg = load_config(config, {
+        'train_dataloader.dataset': dict(type='EmbeddingDataset', data_root=cached, _delete_=True),
+        'model.backbone.conditioner': dict(type='EmbeddingConditioner', folder=cached, _delete_=True)})
+    cfg.dump(tmp_path / 'embedded.py')
+    embedded = str(tmp_path / 'embedded.py')
+    assert main(['train', embedded, '--work-dir', str(tmp_path / 'run')]) == 0
+    # Sampling from texts takes the encoders that made the cache.
+    assert main(['sample', embedded, '--checkpoint', str(tmp_path / 'run'), '--prompts', 'a cat', '--num', '1',
+                 '--out', str(tmp_path / 'images')]) == 0
+    capsys.readouterr()
+    assert main(['train', embedded, '--work-dir', str(tmp_path / 'run2'), '--cfg-options',
+                 f'model.backbone.pretrained={tmp_path / "other"}']) == 2
+    assert 'another encoder made the embeddings' in capsys.readouterr().err
+
+
+def test_doctor_fails_where_training_would(sources, tmp_path, capsys):
+    data = {'train_dataloader.dataset.ann_file': str(sources / 'prompts.txt')}
+    config = write_config(tmp_path, sources / 'sd3', **data)
+    assert main(['doctor', config]) == 0
+    assert main(['doctor', config, '--cfg-options', 'train_dataloader.dataset.ann_file=absent.txt']) == 1
+    assert 'absent.txt' in capsys.readouterr().out
+
+
+def test_images_do_not_depend_on_the_batch(sources, tmp_path):
+    for size in ('1', '3'):
+        assert main(['sample', str(sources / 'sd3'), '--prompts', 'a cat', '--num', '3', '--steps', '2', '--batch-size',
+                     size, '--out', str(tmp_path / size)]) == 0
+    for name in ('0000.png', '0001.png', '0002.png'):
+        one, three = (np.asarray(Image.open(tmp_path / size / name)).astype(int) for size in '13')
+        assert abs(one - three).max() <= 1  # of 255; a batch's matrix products round differently
