@@ -1,4 +1,5 @@
 """Exported folders, opened by diffusers alone and by this package, against the method that was exported."""
+import contextlib
 import json
 import re
 import shutil
@@ -307,7 +308,15 @@ def test_a_lora_student_over_a_bfloat16_base(train, tmp_path):
     assert loaded.base.dtype == torch.bfloat16 and not loaded.backbone.conditioner.t5
     assert torch.equal(sample_prompts(loaded, PROMPTS, trained.noise), trained.images())
     fused = weights(export(trained.method, tmp_path / 'fused', fuse=True))
-    assert {w.dtype for w in fused.values()} == {torch.bfloat16}
+    assert {w.dtype for w in fused.values()} == {torch.float32}
+    layer, scale = trained.method.base.transformer_blocks[0].attn.to_q, LORA['alpha'] / LORA['rank']
+    with trained.method.student_ema.applied() if trained.method.student_ema else contextlib.nullcontext():
+        expected = layer.base_layer.weight.float() + scale * (
+            layer.lora_B['student'].weight @ layer.lora_A['student'].weight)
+    found = next(w for name, w in fused.items() if name.endswith('transformer_blocks.0.attn.to_q.weight'))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    small = weights(export(trained.method, tmp_path / 'small', fuse=True, dtype='bfloat16'))
+    assert {w.dtype for w in small.values()} == {torch.bfloat16}
     assert 'text_encoder_3=None' in (out / 'README.md').read_text()
 
 

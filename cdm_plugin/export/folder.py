@@ -60,7 +60,8 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, d
         method (DiffusionModel): The trained method.
         folder (str): Where to; made if need be.
         ema (bool): Whether to write the EMA weights (the student's own if there are none). Default True.
-        dtype (str, optional): Of the weights in the files, 'float32' or 'bfloat16'. Default: the network's own.
+        dtype (str, optional): Of the weights in the files, 'float32' or 'bfloat16'. Default: the network's own, and
+            float32 with `fuse`, because bfloat16 rounds small adapters away.
         fuse (bool): Whether to add the adapters to the weights of the base. Default False.
         config (Config, optional): The training config, for the model card (without its tokens).
         prompts (list, optional): Texts or class labels; an image of each goes into `samples/` and the card.
@@ -241,7 +242,7 @@ def _fused(job: ExportJob) -> ModelMixin:
     backbone = copy.copy(job.backbone)
     backbone.compile, backbone.quantization = False, None
     wide = job.backbone.dtype if job.backbone.dtype == torch.float64 else torch.float32
-    network = backbone.build_network(wide)  # the sum is rounded once
+    network = backbone.build_network().to(wide)  # the base as it was trained with; the sum is rounded once
     with tempfile.TemporaryDirectory() as folder:
         with job.weights():
             save_lora(unwrap(job.method.student), folder)

@@ -44,7 +44,10 @@ class ExportJob:
     def target_dtype(self) -> torch.dtype:
         """Dtype of the pipeline that is written or, for a LoRA file, that it is used with."""
         own = self.backbone.dtype if self.method.lora is not None else dtype_of(self.method.student)
-        return own if self.dtype is None or self.as_lora else self.dtype
+        if self.as_lora or self.dtype is None:
+            # Rounded to a bfloat16 base's dtype, the sum of base and adapter would lose much of a small adapter.
+            return torch.float32 if self.fuse and own == torch.bfloat16 else own
+        return self.dtype
 
     def weights(self) -> contextlib.AbstractContextManager:
         """Context in which the student carries the weights that are exported."""
