@@ -1,6 +1,7 @@
 """Exported folders, opened by diffusers alone and by this package, against the method that was exported."""
-import contextlib
+import importlib
 import json
+import os
 import re
 import shutil
 
@@ -16,7 +17,8 @@ from tests_support import perturb, tiny_method
 
 from cdm_plugin.data import cache_embeddings
 from cdm_plugin.engine import StudentEMA
-from cdm_plugin.export import export
+from cdm_plugin.export import check_export, export
+from cdm_plugin.export.staging import staged
 from cdm_plugin.inference import load_method, sample_prompts
 
 PROMPTS = ['a red fox', 'dogs and birds']
@@ -114,9 +116,12 @@ def weights(folder):
     return found
 
 
-def run_card(folder, monkeypatch, rename=None):
-    """Runs the first block of code in the model card as it stands, in the folder."""
+def run_card(folder, monkeypatch, base=None):
+    """Runs the first block of code in the model card, in the folder; a base that the reader has to put in is `base`."""
     code = re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL).group(1)
+    if base is not None:
+        assert f"'path/to/{base.name}'" in code
+        code = code.replace(f'path/to/{base.name}', str(base))
     with monkeypatch.context() as patch:
         patch.chdir(folder)
         scope = {}
@@ -155,7 +160,7 @@ def test_the_exported_pipeline_makes_the_trained_images_without_source_and_packa
                                       sigmas=trained.method.sample_sigmas), expected)
     assert {p.suffix for p in moved.rglob('*') if p.is_file()} == {'.json', '.safetensors', '.md', '.png', '.jinja'} - (
         set() if name == 'longcat' and files(moved, '.jinja') else {'.jinja'})
-    assert not any(str(tmp_path) in file.read_text() for file in files(moved, '.json'))
+    assert not any(str(tmp_path) in file.read_text() for file in files(moved, '.json', '.md'))
     if name == 'sd3_without_t5':
         assert not (moved / 'text_encoder_3').exists() and pipeline.text_encoder_3 is None
     code, scope = run_card(moved, monkeypatch)
@@ -275,7 +280,11 @@ def test_the_lora_file_and_the_fused_pipeline_make_the_trained_images(name, trai
         pipeline.load_lora_weights(str(out))
     close(trained.draw(pipeline), expected)
     assert torch.equal(sample_prompts(load_method(str(out), device='cpu'), PROMPTS, trained.noise), expected)
-    code, scope = run_card(out, monkeypatch)
+    text = (out / 'README.md').read_text()
+    assert str(tmp_path) not in text and '`path/to/source` stands for the folder of the base model' in text
+    assert str(tmp_path).encode() not in (out / 'pytorch_lora_weights.safetensors').read_bytes()
+    assert json.loads((out / 'cdm_parts.json').read_text())['base']['pretrained'] == str(trained.folder)
+    code, scope = run_card(out, monkeypatch, trained.folder)
     assert 'lora' in code and scope['image'].size == (trained.size,) * 2
     # One's own weights, and another dtype.
     half = export(trained.method, tmp_path / 'half', ema=False, dtype='bfloat16')
@@ -300,6 +309,44 @@ def test_a_lora_folder_can_be_fused_later(train, tmp_path):
     close(trained.draw(trained.open(fused)), trained.images())
 
 
+def recipe(folder):
+    """The table in the card, which is what cdm_parts.json keeps."""
+    table = re.search(r'## Recipe\n(.*?)\n## ', (folder / 'README.md').read_text(), re.DOTALL).group(1)
+    rows = dict(re.findall(r'^\| (\w.*?) \| (.*) \|$', table, re.MULTILINE))
+    kept = json.loads((folder / 'cdm_parts.json').read_text())['recipe']
+    assert rows == {key: str(value) for key, value in kept.items()}
+    return kept
+
+
+@pytest.mark.parametrize('lora', [None, LORA], ids=['full', 'lora'])
+def test_an_exported_folder_that_is_exported_again_keeps_its_recipe(lora, train, tmp_path):
+    trained = train('sd3', lora=lora)
+    first = recipe(export(trained.method, tmp_path / 'first'))
+    assert first['method'] == 'CDM' and first['weights'] == 'moving average (EMA)' and first['iterations'] == 12
+    again = export(load_method(str(tmp_path / 'first'), device='cpu'), tmp_path / 'again')
+    assert recipe(again) == first and '- cdm\n' in (again / 'README.md').read_text()
+    small = export(load_method(str(again), device='cpu'), tmp_path / 'small', dtype='bfloat16', fuse=lora is not None)
+    changed = {'dtype of the files': 'bfloat16', **({} if lora is None else {'LoRA': 'rank 3, alpha 6, fused'})}
+    assert recipe(small) == {**first, **changed}
+    # What trains from such a folder has a recipe of its own.
+    new = Trained('sd3', small, lora=lora, type='FlowMatching')
+    assert recipe(export(new.method, tmp_path / 'new', ema=False))['method'] == 'FlowMatching'
+    reopened = export(load_method(str(tmp_path / 'new'), device='cpu'), tmp_path / 'reopened')
+    assert recipe(reopened)['method'] == 'FlowMatching' and 'guidance_scale=7.0' in (reopened / 'README.md').read_text()
+
+
+def test_adapters_fused_to_a_bfloat16_base_are_not_rounded(train, tmp_path, monkeypatch):
+    trained = train('sd3', lora=LORA, backbone=dict(dtype='bfloat16'))
+    wide = load_method(str(export(trained.method, tmp_path / 'lora')), device='cpu')
+    wide.base.float()  # the rounded base, computed with in float32
+    expected = sample_prompts(wide, PROMPTS, trained.noise)
+    fused = export(trained.method, tmp_path / 'fused', fuse=True)
+    close(trained.draw(trained.open(fused)), expected)
+    code, scope = run_card(fused, monkeypatch)
+    assert 'dtype' not in code and scope['pipeline'].transformer.dtype == torch.float32
+    assert recipe(fused)['dtype of the files'] == 'float32'
+
+
 def test_a_lora_student_over_a_bfloat16_base(train, tmp_path):
     trained = train('sd3', lora=LORA, backbone=dict(dtype='bfloat16', conditioner=dict(t5=False)))
     out = export(trained.method, tmp_path / 'out')
@@ -310,7 +357,7 @@ def test_a_lora_student_over_a_bfloat16_base(train, tmp_path):
     fused = weights(export(trained.method, tmp_path / 'fused', fuse=True))
     assert {w.dtype for w in fused.values()} == {torch.float32}
     layer, scale = trained.method.base.transformer_blocks[0].attn.to_q, LORA['alpha'] / LORA['rank']
-    with trained.method.student_ema.applied() if trained.method.student_ema else contextlib.nullcontext():
+    with trained.method.student_ema.applied():
         expected = layer.base_layer.weight.float() + scale * (
             layer.lora_B['student'].weight @ layer.lora_A['student'].weight)
     found = next(w for name, w in fused.items() if name.endswith('transformer_blocks.0.attn.to_q.weight'))
@@ -356,7 +403,9 @@ def test_the_card_says_what_the_model_is(train, tmp_path):
     (trained.folder / 'README.md').write_text(
         '---\nlicense: other\nlicense_name: acme-community\nlicense_link: LICENSE.md\n---\n# Base\n')
     (trained.folder / 'LICENSE.md').write_text('Do good.')
-    config = Config(dict(trained.config.to_dict(), note='````', hub=dict(token='hf_secret', others=['a'])))
+    config = Config(dict(trained.config.to_dict(), note='````', hub=dict(token='hf_secret', others=['a']),
+                         work_dir=str(tmp_path / 'gone/run'), data=[dict(ann_file=str(trained.folder / 'README.md'))],
+                         pattern='/^a/', root='/'))
     prompts = ['a [red]\nfox']
     out = export(trained.method, tmp_path / 'out', config=config, prompts=prompts, iterations=40)
     text, card = (out / 'README.md').read_text(), ModelCard.load(out / 'README.md')
@@ -369,7 +418,10 @@ def test_the_card_says_what_the_model_is(train, tmp_path):
                  f'| torch | {torch.__version__} |', '<details>', "sample_sigmas=[", 'a red fox',
                  '![a red fox](samples/0000.png)', 'guidance_scale=1.0'):
         assert part in text, part
-    assert 'hf_secret' not in text
+    assert 'hf_secret' not in text and str(tmp_path) not in text
+    for part in ("pretrained='.../source'", "work_dir = '.../run'", "ann_file='.../README.md'", "pattern = '/^a/'",
+                 "root = '/'"):
+        assert part in text, part
 
 
 def test_the_licence_of_an_unknown_base_is_named_as_such(train, tmp_path):
@@ -436,6 +488,98 @@ def test_a_new_export_replaces_an_earlier_one_whole_or_not_at_all(train, tmp_pat
     assert (out / 'notes.txt').read_text() == 'mine'
     close(without.draw(without.open(out)), without.images())
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'source']
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+@pytest.mark.parametrize('fail', [OSError, KeyboardInterrupt])
+def test_a_replacement_that_fails_puts_the_earlier_export_back(fail, train, tmp_path, monkeypatch):
+    trained = train('sd3')
+    (trained.folder / 'README.md').write_text('---\nlicense: other\nlicense_link: LICENSE.md\n---\n')
+    (trained.folder / 'LICENSE.md').write_text('Do good.')
+    out = export(trained.method, tmp_path / 'out', prompts=PROMPTS)
+    (out / 'notes.txt').write_text('mine')
+    before, move, moved = content(out), shutil.move, []
+
+    def broken(source, target):
+        moved.append(target)
+        if len(moved) == 2:
+            raise fail('no space left on device')
+        return move(source, target)
+
+    for folder in (out, tmp_path / 'fresh'):
+        moved.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, 'move', broken)
+            with pytest.raises(fail):
+                export(trained.method, folder, ema=False)
+    assert content(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'source']
+
+
+@pytest.mark.parametrize('function,call', [
+    ('shutil.move', 1), ('shutil.move', 4), ('os.rename', 1), ('os.rename', 2), ('os.rename', 6), ('shutil.rmtree', 1)])
+def test_a_run_killed_while_it_replaces_an_export_blocks_nothing(function, call, train, tmp_path):
+    trained = train('sd3')
+    out = export(trained.method, tmp_path / 'out', prompts=PROMPTS)
+    before, names = content(out), [p.name for p in out.iterdir()]
+    others = [tmp_path / '.out-abcdefgh', tmp_path / '.out-backup']
+    for other in others:
+        other.mkdir()
+        (other / 'mine').write_text('')
+    module, name = function.split('.')
+    pid = os.fork()
+    if pid == 0:  # dies at once, without any cleaning up
+        staging = importlib.import_module('cdm_plugin.export.staging')
+        real, calls = getattr(getattr(staging, module), name), []
+
+        def dies(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                os._exit(9)
+            return real(*args, **kwargs)
+
+        setattr(getattr(staging, module), name, dies)
+        try:
+            with staging.staged(out, names) as new:
+                for part in ('cdm_parts.json', 'model_index.json', 'transformer', 'vae', 'new_part'):
+                    (new / part).write_text('new')
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith('.out-')]) == 3
+    if function != 'shutil.rmtree':  # then the new content is there, and stays
+        if call > 2 or function == 'shutil.move':
+            with pytest.raises(FileNotFoundError, match='no folder that `cdm export` wrote'):
+                load_method(str(out), device='cpu')
+        with pytest.raises(ZeroDivisionError), staged(out, []):  # the next one fails before it replaces anything
+            1 / 0
+        assert content(out) == before
+    export(trained.method, out, prompts=PROMPTS)
+    assert content(out).keys() - {'new_part'} == before.keys()
+    close(trained.draw(trained.open(out)), trained.images())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.out-abcdefgh', '.out-backup', 'out', 'source']
+
+
+def test_an_interrupted_folder_can_be_exported_to_and_a_living_runs_files_stay(train, tmp_path):
+    trained = train('sd3')
+    out = export(trained.method, tmp_path / 'out')
+    previous = out / '.cdm_previous'
+    previous.mkdir()
+    names = ['cdm_parts.json', 'model_index.json']
+    (previous / 'journal.json').write_text(json.dumps(dict(old=[*names, 'vae'], new=names)))
+    for name in names:
+        shutil.move(out / name, previous / name)
+    check_export(trained.method, out)
+    with staged(out, []) as living:
+        assert {p.name for p in out.iterdir()} >= {*names, 'vae'} and not previous.exists()
+        (living / 'mine').write_text('')
+        export(trained.method, out)
+        assert (living / 'mine').is_file()
+        (living / 'mine').unlink()
+    close(trained.draw(trained.open(out)), trained.images())
 
 
 def test_nothing_of_somebody_elses_is_overwritten(train, sources, tmp_path):

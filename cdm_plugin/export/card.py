@@ -13,11 +13,13 @@ from yaml import YAMLError
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.conditioners import absolute_folder
 from cdm_plugin.export.job import CARD_FILE, ExportJob, is_whole_pipeline, name_of
+from cdm_plugin.export.recipe import describe_recipe, is_distilled
 from cdm_plugin.lora import PREFIX
-from cdm_plugin.methods import FlowMatching
 from cdm_plugin.version import __version__
 
 DEFAULT_PROMPT = 'a red fox in the snow'
+# In the card's code, before the name of a base that is a folder: where it lies is nobody else's concern.
+PLACEHOLDER = 'path/to/'
 
 
 def model_card(job: ExportJob, staging: Path, text_config: Dict[str, Any], prompts: Optional[List[Any]],
@@ -25,14 +27,14 @@ def model_card(job: ExportJob, staging: Path, text_config: Dict[str, Any], promp
     backbone, method = job.backbone, job.method
     metadata, base_folder = _read_base_card(backbone)
     licence = {key: metadata[key] for key in ('license', 'license_name', 'license_link') if metadata.get(key)}
-    hub_id, steps = _hub_id(backbone), len(method.sample_sigmas)
-    shown = hub_id or Path(backbone.pretrained).name
+    hub_id, steps, recipe = _hub_id(backbone), len(method.sample_sigmas), describe_recipe(job)
+    shown = hub_id or Path(absolute_folder(backbone.pretrained)).name
     data = ModelCardData(
         base_model=hub_id, library_name='diffusers',
         pipeline_tag='text-to-image' if is_whole_pipeline(backbone) else None,
-        tags=['cdm', 'distillation', 'few-step', type(method).__name__.lower(), *(['lora'] if job.as_lora else [])],
+        tags=['cdm', 'distillation', 'few-step', recipe['method'].lower(), *(['lora'] if job.as_lora else [])],
         **_licence_fields(licence, hub_id, base_folder, staging))
-    distilled = 'trained' if isinstance(method, FlowMatching) else 'distilled'
+    distilled = 'distilled' if is_distilled(job) else 'trained'
     what = 'A LoRA adapter' if job.as_lora else 'A model'
     sections = [
         f'# {shown}, {steps} steps',
@@ -44,7 +46,7 @@ def model_card(job: ExportJob, staging: Path, text_config: Dict[str, Any], promp
         images = [f'{prompt}\n\n![{prompt}]({name})' for prompt, name in zip(shown_prompts, samples)]
         sections += ['## Samples', f'{steps} steps, first images drawn:', *images]
     found = f'`{licence["license"]}`' if 'license' in licence else 'see its page or folder'
-    sections += ['## Recipe', _table(_describe_recipe(job)), '## Licence',
+    sections += ['## Recipe', _table(recipe), '## Licence',
                  f'The licence of the base model, {shown}, applies: {found}.', '## Versions', _table(_versions())]
     if job.config is not None:
         sections += ['## Config', f'<details><summary>The whole training config</summary>\n\n````python\n'
@@ -97,7 +99,7 @@ def _usage(job: ExportJob, text_config: Dict[str, Any], prompts: Optional[List[A
         'Pass `sigmas` as above: they are the levels (before the scheduler\'s shift) that the student was trained for. '
         'A scheduler\'s config cannot carry them, and a pipeline\'s own levels for this number of steps may differ '
         '(those of StableDiffusion3Pipeline do, slightly).']
-    if not isinstance(job.method, FlowMatching):
+    if is_distilled(job):
         notes.append('Guidance is built in: the call above has none on top of it, so each step is one network call.')
     if 'guidance_scale' in _call_arguments(job, text_config) and hasattr(job.backbone, 'embedded_guidance'):
         notes.append('`guidance_scale` is the guidance that the network is told; `true_cfg_scale` is the one that '
@@ -107,8 +109,22 @@ def _usage(job: ExportJob, text_config: Dict[str, Any], prompts: Optional[List[A
                      'it.')
     if job.as_lora:
         notes.append(f'The weights are {name_of(job.target_dtype)} as in training; the base is not in this folder.')
+        base = _base_in_code(job.backbone)[0]
+        if base.startswith(PLACEHOLDER):
+            notes.append(f'`{base}` stands for the folder of the base model: put yours in its place.')
     code = _diffusers_code(job, text_config, prompts)
     return f'In this folder, with diffusers:\n\n```python\n{code}\n```\n\n' + '\n\n'.join(notes)
+
+
+def _base_in_code(backbone: Backbone) -> Tuple[str, Dict[str, Any]]:
+    """What from_pretrained takes for the base on any machine: its hub id and revision, or a folder to fill in."""
+    which = {k: v for k, v in backbone.load_kwargs.items() if k in ('revision', 'variant')}
+    if not Path(backbone.pretrained).is_dir():
+        return backbone.pretrained, which
+    folder, hub_id = Path(absolute_folder(backbone.pretrained)), _hub_id(backbone)
+    if hub_id is not None and folder.parent.name == 'snapshots':
+        return hub_id, dict(which, revision=folder.name)
+    return PLACEHOLDER + folder.name, which
 
 
 def _package_code(prompts: Optional[List[Any]]) -> str:
@@ -122,13 +138,13 @@ def _package_code(prompts: Optional[List[Any]]) -> str:
 def _diffusers_code(job: ExportJob, text_config: Dict[str, Any], prompts: Optional[List[Any]]) -> str:
     backbone, dtype = job.backbone, job.target_dtype
     pipeline_class = backbone.pipeline_class()
-    loading = {k: v for k, v in backbone.load_kwargs.items() if job.as_lora and k in ('revision', 'variant')}
+    base, loading = _base_in_code(backbone) if job.as_lora else ('.', {})
     if text_config.get('t5') is False:
         loading.update(text_encoder_3=None, tokenizer_3=None)
     # They rewrite prompts, which students are not asked to; and they need more libraries.
     loading.update({name: None for name in inspect.signature(pipeline_class.__init__).parameters
                     if name.endswith('_processor')})
-    arguments = [repr(absolute_folder(backbone.pretrained) if job.as_lora else '.')]
+    arguments = [repr(base)]
     if job.as_lora or dtype != torch.float32:
         arguments.append(f'dtype={dtype}')
     arguments += [f'{key}={value!r}' for key, value in loading.items()]
@@ -159,7 +175,7 @@ def _call_arguments(job: ExportJob, text_config: Dict[str, Any]) -> Dict[str, An
     """What a diffusers pipeline has to be told so that it samples as the student was trained to."""
     backbone, sigmas = job.backbone, job.method.sample_sigmas.tolist()
     parameters = inspect.signature(backbone.pipeline_class().__call__).parameters
-    guidance = backbone.pipeline_defaults()['guidance_scale'] if isinstance(job.method, FlowMatching) else 1.0
+    guidance = 1.0 if is_distilled(job) else backbone.pipeline_defaults()['guidance_scale']
     wanted = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas), sigmas=sigmas,
                   guidance_scale=guidance)
     if 'true_cfg_scale' in parameters:
@@ -170,25 +186,6 @@ def _call_arguments(job: ExportJob, text_config: Dict[str, Any]) -> Dict[str, An
     if 'max_sequence_length' in parameters and length not in (None, parameters['max_sequence_length'].default):
         wanted['max_sequence_length'] = length
     return wanted
-
-
-def _describe_recipe(job: ExportJob) -> Dict[str, Any]:
-    """How the student came about, as far as the method knows."""
-    method = job.method
-    recipe: Dict[str, Any] = {
-        'method': type(method).__name__, 'weights': 'moving average (EMA)' if job.ema else "the student's own",
-        'iterations': job.iterations, 'student steps': method.student_ema.steps if method.student_ema else None,
-        'steps of inference': f'{len(method.sample_sigmas)}, sigmas {method.sample_sigmas.tolist()}'}
-    if hasattr(method, 'alpha'):
-        recipe['alpha'] = f'{method.alpha:g} (guidance scale {1 + method.alpha:g})'
-        recipe['losses'] = ', '.join(f'{name} ({type(loss).__name__}, weight {getattr(loss, "weight", 1):g})'
-                                     for name, loss in method.losses.items())
-        recipe['time grid'] = type(method.time_grid).__name__
-    if method.lora is not None:
-        recipe['LoRA'] = f'rank {method.lora.rank}, alpha {method.lora.alpha:g}' + (', fused' if job.fuse else '')
-    if not job.as_lora:
-        recipe['dtype of the files'] = name_of(job.target_dtype)
-    return {key: value for key, value in recipe.items() if value is not None}
 
 
 def _versions() -> Dict[str, str]:

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import inspect
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -29,6 +30,8 @@ from cdm_plugin.draws import stream
 from cdm_plugin.export.card import model_card
 from cdm_plugin.export.job import (CARD_FILE, INDEX_FILE, ExportJob, checked_dtype, is_whole_pipeline, missing_t5,
                                    name_of)
+from cdm_plugin.export.recipe import describe_recipe
+from cdm_plugin.export.staging import staged, was_interrupted
 from cdm_plugin.images import save_pngs
 from cdm_plugin.lora import PREFIX, save_lora
 from cdm_plugin.methods import DiffusionModel
@@ -54,7 +57,7 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, d
 
     `cdm_plugin.inference.load_method(folder)` opens all of them, `backbone.pretrained=folder` those with whole
     weights. The first two have a model card, README.md. An earlier export in the folder is replaced, once the new one
-    is complete.
+    is complete; if that is interrupted, the next export begins by putting the earlier one back.
 
     Args:
         method (DiffusionModel): The trained method.
@@ -63,7 +66,7 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, d
         dtype (str, optional): Of the weights in the files, 'float32' or 'bfloat16'. Default: the network's own, and
             float32 with `fuse`, because bfloat16 rounds small adapters away.
         fuse (bool): Whether to add the adapters to the weights of the base. Default False.
-        config (Config, optional): The training config, for the model card (without its tokens).
+        config (Config, optional): The training config, for the model card (without its tokens and folders).
         prompts (list, optional): Texts or class labels; an image of each goes into `samples/` and the card.
         iterations (int, optional): How long the student was trained, for the card. Default: what the method knows.
 
@@ -77,9 +80,9 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, d
     if iterations is None and method.iteration is not None:
         iterations = method.iteration + 1
     if config is not None:
-        config = Config(_without_secrets(config.to_dict() if isinstance(config, Config) else dict(config)))
+        config = Config(_publishable(config.to_dict() if isinstance(config, Config) else dict(config)))
     job = ExportJob(method, ema and method.student_ema is not None, checked_dtype(dtype), fuse, config, iterations)
-    with _randomness_kept(), _staged(Path(folder), _own_names(job.backbone)) as staging:
+    with _randomness_kept(), staged(Path(folder), _own_names(job.backbone)) as staging:
         if not job.as_lora and not is_whole_pipeline(job.backbone):
             _write_network(job, staging)
             _draw(job, staging, prompts)
@@ -89,6 +92,7 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, d
             conditioner = write(job, staging, text_config)
             samples = _draw(job, staging, prompts, conditioner or text_config)
             model_card(job, staging, text_config, prompts, samples).save(staging / CARD_FILE)
+        _finish(staging)
     return Path(folder)
 
 
@@ -115,7 +119,7 @@ def check_export(method: DiffusionModel, folder: Union[str, Path], dtype: Option
     if folder.exists() and not folder.is_dir():
         raise ValueError(f'the export folder {str(folder)!r} is a file')
     taken = sorted(name for name in _own_names(backbone) if (folder / name).exists())
-    if taken and not (folder / PARTS_FILE).is_file():
+    if taken and not (folder / PARTS_FILE).is_file() and not was_interrupted(folder):
         raise ValueError(f'the export folder {str(folder)!r} has {", ".join(taken[:3])} that `cdm export` did not '
                          'write: give another folder')
 
@@ -131,27 +135,13 @@ def _own_names(backbone: Backbone) -> List[str]:
     return list(dict.fromkeys(name for name in names if name != 'self'))
 
 
-@contextlib.contextmanager
-def _staged(folder: Path, own_names: List[str]) -> Iterator[Path]:
-    """A folder beside the given one, whose content replaces an earlier export there once all is written."""
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
-    try:
-        yield staging
-        for file in staging.rglob('*.json'):
-            _forget_origin(file)
-        pickles = [str(p.relative_to(staging)) for p in staging.rglob('*') if p.suffix in PICKLES]
-        if pickles:
-            raise RuntimeError(f'an export must be safetensors only, but it would have {pickles[:3]}')
-        folder.mkdir(exist_ok=True)
-        for name in own_names:
-            old = folder / name
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        for new in sorted(staging.iterdir(), key=lambda path: path.name == PARTS_FILE):  # it says that all is there
-            shutil.move(str(new), str(folder / new.name))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def _finish(staging: Path) -> None:
+    """Takes out what diffusers and transformers should not have written."""
+    for file in staging.rglob('*.json'):
+        _forget_origin(file)
+    pickles = [str(p.relative_to(staging)) for p in staging.rglob('*') if p.suffix in PICKLES]
+    if pickles:
+        raise RuntimeError(f'an export must be safetensors only, but it would have {pickles[:3]}')
 
 
 @contextlib.contextmanager
@@ -178,7 +168,8 @@ def _quiet_diffusers() -> Iterator[None]:
 
 
 def _recipe(job: ExportJob) -> Dict[str, Any]:
-    return dict(image_size=job.image_size, sample_sigmas=job.method.sample_sigmas.tolist())
+    return dict(image_size=job.image_size, sample_sigmas=job.method.sample_sigmas.tolist(),
+                recipe=describe_recipe(job))
 
 
 # Whole weights
@@ -370,10 +361,19 @@ def _draw(job: ExportJob, staging: Path, prompts: Optional[List[Any]],
     return names
 
 
-def _without_secrets(value: Any) -> Any:
+def _publishable(value: Any) -> Any:
+    """A config without its tokens, and without where things lie on this machine."""
     if isinstance(value, Mapping):
-        return {key: '***' if key in SECRETS and isinstance(child, str) else _without_secrets(child)
+        return {key: '***' if key in SECRETS and isinstance(child, str) else _publishable(child)
                 for key, child in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_secrets(child) for child in value)
+        return type(value)(_publishable(child) for child in value)
+    if isinstance(value, (str, Path)) and _is_local_path(str(value)):
+        return f'.../{Path(value).name}'
     return value
+
+
+def _is_local_path(text: str) -> bool:
+    """Whether it is an absolute path of this machine; what it ends with may be gone, or still to come."""
+    path = Path(text)
+    return path.is_absolute() and any(os.path.exists(p) for p in (path, *path.parents) if p != p.parent)
