@@ -18,6 +18,7 @@ CORE = [
 ]
 EXTRAS = {
     'scale': ['deepspeed>=0.18', 'xformers>=0.0.33'],
+    'quantization': ['bitsandbytes>=0.45'],
     'test': ['pytest>=8', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
 }
 

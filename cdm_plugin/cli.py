@@ -11,6 +11,10 @@ from mmengine.config import DictAction
 USER_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError)
 
 
+# Prompts of a contact sheet.
+SHEET_ROWS = 50
+
+
 def train(args: argparse.Namespace) -> None:
     """Trains a config with MMEngine's runner."""
     from mmengine.registry import RUNNERS
@@ -46,41 +50,38 @@ def train(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Samples images from a config or an exported folder."""
-    import torch
-
-    from cdm_plugin.draws import stream
-    from cdm_plugin.images import labelled_grid, save_png, save_pngs
-    from cdm_plugin.inference import load_method, sample_prompts, step_sigmas, student_weights
+    """Samples images from a config, an exported folder or a diffusers pipeline."""
+    from cdm_plugin.images import labelled_grid, save_png
+    from cdm_plugin.inference import load_method, sample_files, step_sigmas, student_weights
     texts = read_prompts(args.prompts)
     size = None
     if args.height or args.width:
         size = (args.height or args.width, args.width or args.height)
-    method = load_method(args.source, args.checkpoint, image_size=size)
-    for role in {args.role, 'teacher' if args.teacher else args.role}:
+    if args.teacher and args.role != 'student':
+        raise ValueError(f'--teacher draws the teacher beside the student: leave --role {args.role} out')
+    method = load_method(args.source, args.checkpoint, image_size=size, encoders=True, options=args.cfg_options)
+    method.set_attention(training=False)
+    for role in [args.role, *(['teacher'] if args.teacher else [])]:
         if not hasattr(method, role):
             raise ValueError(f'{args.source} has no {role}: give the config that trained it, with --checkpoint')
-    prompts = [p for p in texts for _ in range(args.num)]
-    noise = torch.randn(method.latent_shape(len(prompts)), generator=stream(args.seed, 'sample'))
+    prompts, out = [p for p in texts for _ in range(args.num)], Path(args.out)
     sigmas = step_sigmas(args.steps) if args.steps else None
     drawn = {}
     with student_weights(method, not args.no_ema):
-        drawn[args.role] = sample_prompts(method, prompts, noise, args.batch_size, progress=args.role, sigmas=sigmas,
-                                          role=args.role, guidance_scale=args.guidance_scale)
+        drawn[args.role] = sample_files(method, prompts, out, args.seed, args.batch_size, sigmas=sigmas,
+                                        role=args.role, guidance_scale=args.guidance_scale)
     if args.teacher:
         scale = 1 + method.alpha if args.teacher_guidance_scale is None else args.teacher_guidance_scale
-        drawn['teacher'] = sample_prompts(method, prompts, noise, args.batch_size, progress='teacher', role='teacher',
-                                          sigmas=step_sigmas(args.teacher_steps), guidance_scale=scale)
-    out, rows = Path(args.out), {}
-    for role, images in drawn.items():
-        prefix = '' if role == args.role else f'{role}_'
-        save_pngs(images, out, [f'{prefix}{i:04d}' for i in range(len(images))])
-    for i, text in enumerate(texts):
-        for role, images in drawn.items():
+        drawn['teacher'] = sample_files(method, prompts, out, args.seed, args.batch_size, prefix='teacher_',
+                                        role='teacher', sigmas=step_sigmas(args.teacher_steps), guidance_scale=scale)
+    rows = {}
+    for i, text in enumerate(texts[:SHEET_ROWS]):
+        for role, small in drawn.items():
             label = f'{i} {str(text)[:40]}' + (f' ({role})' if len(drawn) > 1 else '')
-            rows[label] = images[i * args.num:(i + 1) * args.num]
+            rows[label] = small[i * args.num:(i + 1) * args.num]
     sheet = save_png(labelled_grid(rows), out / 'grid.png')
-    print(f'{sum(map(len, drawn.values()))} images in {out}, contact sheet {sheet}')
+    rest = f' of the first {SHEET_ROWS} prompts' if len(texts) > SHEET_ROWS else ''
+    print(f'{len(prompts) * len(drawn)} images in {out}, contact sheet{rest} {sheet}')
 
 
 def read_prompts(values: List[str]) -> List[str]:
@@ -99,32 +100,32 @@ def cache(args: argparse.Namespace) -> None:
     report = cache_embeddings(load_config(args.config, args.cfg_options), args.out, batch_size=args.batch_size,
                               shard_size=args.shard_size, dtype=args.dtype, dataset=args.dataset)
     cut = ', '.join(f'{n} of them cut to what {encoder} takes' for encoder, n in report.truncated.items())
-    print(f'{report.prompts} prompts{" (" + cut + ")" if cut else ""} in {report.shards} shards, '
-          f'{report.bytes / 2**20:.1f} MiB, {report.reused_shards} shards of them from an earlier run: {report.folder}')
+    reused = f', {report.reused_shards} of them from an earlier run' if report.reused_shards else ''
+    print(f'{report.prompts} prompts{" (" + cut + ")" if cut else ""}, {report.bytes / 2**20:.1f} MiB, '
+          f'shards: {report.shards}{reused}, in {report.folder}')
     print('to train on them: train_dataloader.dataset=dict(type=\'EmbeddingDataset\', '
           f'data_root={report.folder!r}) and model.backbone.conditioner=dict(type=\'EmbeddingConditioner\', '
           f'folder={report.folder!r})')
 
 
-def doctor(args: argparse.Namespace) -> None:
-    """Says what a config resolves to, what it needs and what would fail, before anything is loaded."""
+def doctor(args: argparse.Namespace) -> int:
+    """Says what a config resolves to, what it needs and what would fail (exit status 1), before anything is loaded."""
     from cdm_plugin.config import read_config
     from cdm_plugin.doctor import diagnose, format_report
-    print(format_report(diagnose(read_config(args.config, args.cfg_options), gpus=args.gpus)))
+    report = diagnose(read_config(args.config, args.cfg_options), gpus=args.gpus)
+    print(format_report(report))
+    return 1 if report.problems else 0
 
 
 def export(args: argparse.Namespace) -> None:
     """Writes a trained student as a diffusers pipeline or LoRA file, with a model card."""
-    from cdm_plugin.config import load_config
     from cdm_plugin.export import export as export_student
     from cdm_plugin.inference import load_method
-    method = load_method(args.source, args.checkpoint, device='cpu')
-    is_folder = Path(args.source).is_dir()
-    if args.checkpoint is None and not is_folder:
+    if args.checkpoint is None and not Path(args.source).is_dir():
         raise ValueError('--checkpoint is missing: a checkpoint file or a work directory of this config')
+    method = load_method(args.source, args.checkpoint, device='cpu', options=args.cfg_options)
     folder = export_student(method, args.out, ema=not args.no_ema, dtype=args.dtype, fuse=args.fuse,
-                            config=None if is_folder else load_config(args.source),
-                            prompts=args.prompts and read_prompts(args.prompts))
+                            config=method.config, prompts=args.prompts and read_prompts(args.prompts))
     used = 'EMA' if method.student_ema is not None and not args.no_ema else 'own'
     print(f'exported the student ({used} weights) to {folder}')
 
@@ -174,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--checkpoint', help='for a config: a checkpoint or a work directory')
     command.add_argument('--prompts', nargs='+', required=True,
                          help='texts, or class labels, or one txt, jsonl or csv file of prompts')
-    command.add_argument('--num', type=positive, default=8, help='images a prompt (default 8)')
+    command.add_argument('--num', type=positive, default=4, help='images a prompt (default 4)')
     command.add_argument('--steps', type=positive, help='default: model.sample_sigmas')
     command.add_argument('--seed', type=int, default=0)
     command.add_argument('--role', choices=['student', 'teacher', 'fake'], default='student')
@@ -187,6 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--batch-size', type=positive, default=4, help='default 4')
     command.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
     command.add_argument('--out', default='samples', help='folder for the PNG files (default samples)')
+    command.add_argument('--cfg-options', **options)
 
     command = add(export)
     command.add_argument('source', help='a config file, a shipped recipe, or an exported LoRA folder (with --fuse)')
@@ -196,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--fuse', action='store_true', help='a whole pipeline, the adapters added to its weights')
     command.add_argument('--prompts', nargs='+', help='images of these for the model card; or a file of prompts')
     command.add_argument('--out', required=True, help='folder to write')
+    command.add_argument('--cfg-options', **options)
 
     command = add(cache)
     command.add_argument('config', help='a config file or a shipped recipe')
@@ -224,16 +227,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command; mistakes of the user become one line on stderr and exit status 2."""
     args = build_parser().parse_args(argv)
     if args.traceback or os.environ.get('CDM_TRACEBACK') == '1':
-        args.function(args)
-        return 0
+        return args.function(args) or 0
     try:
-        args.function(args)
+        return args.function(args) or 0
     except USER_ERRORS as error:
         text = str(error.args[0]) if error.args and isinstance(error, KeyError) else str(error)
         print(f'cdm {args.command}: {" ".join(text.split())} (cdm --traceback {args.command} ... shows where)',
               file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from cdm_plugin.conditioners import absolute_folder, check_dtype, origin
+from cdm_plugin.conditioners import absolute_folder, check_dtype, check_load_keys, origin
 
 
 class Codec(nn.Module):
@@ -73,6 +73,7 @@ class VAECodec(Codec):
 
     def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', **load_kwargs: Any) -> None:
         super().__init__()
+        check_load_keys(load_kwargs, 'model.backbone.codec', type(self))
         self.vae = AutoencoderKL.from_pretrained(
             pretrained, subfolder=subfolder, dtype=check_dtype(dtype, 'model.backbone.codec.dtype'),
             **load_kwargs)

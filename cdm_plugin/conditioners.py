@@ -1,5 +1,7 @@
 """Conditioners: from prompts (texts or class labels) to a `Condition`."""
 import contextlib
+import difflib
+import inspect
 import logging
 from collections import Counter
 from pathlib import Path
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 from cdm_plugin.condition import Condition
 
 Prompts = Union[List[str], Tensor]
-# What the loaders of config files take of from_pretrained's arguments.
+# What `from_pretrained` may be told.
+LOAD_KEYS = ('revision', 'variant', 'cache_dir', 'local_files_only', 'token', 'force_download', 'use_safetensors')
+# What the loaders of config files take of that.
 HUB_KEYS = ('revision', 'cache_dir', 'local_files_only', 'token', 'force_download')
 
 
@@ -26,6 +30,19 @@ def absolute_folder(pretrained: str) -> str:
 def origin(load_kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Those of from_pretrained's arguments that say which weights are meant (and are no secret)."""
     return {k: v for k, v in load_kwargs.items() if k in ('revision', 'variant')}
+
+
+def check_load_keys(load_kwargs: Dict[str, Any], key: str, cls: type) -> None:
+    """Raises ValueError for arguments that `from_pretrained` does not have: misspelt ones of the class itself."""
+    for name in load_kwargs:
+        if name not in LOAD_KEYS:
+            known = [n for base in cls.__mro__ if '__init__' in vars(base) and base.__module__.startswith('cdm_plugin')
+                     for n, p in inspect.signature(base.__init__).parameters.items()
+                     if n != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+            known = list(dict.fromkeys([*known, *LOAD_KEYS]))
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f'{key}.{name} is unknown: {cls.__name__} takes {", ".join(known)}'
+                             + (f'; did you mean {close[0]!r}?' if close else ''))
 
 
 def check_dtype(dtype: str, key: str) -> torch.dtype:
@@ -159,6 +176,7 @@ class PipelineConditioner(Conditioner):
     def __init__(self, pretrained: str, negative_prompt: str = '', dtype: str = 'float32', offload: bool = False,
                  **load_kwargs: Any) -> None:
         super().__init__()
+        check_load_keys(load_kwargs, 'model.backbone.conditioner', type(self))
         weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
         hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
         components = self.components(pretrained, **hub_kwargs)

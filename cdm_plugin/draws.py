@@ -24,10 +24,10 @@ def stream(*key: Any) -> Generator:
 def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {k: _move(v, device, dtype) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_move(v, device, dtype) for v in value)
     if not isinstance(value, Tensor):
         return value
+    if device.type == 'cuda' and value.device.type == 'cpu':
+        value = value.pin_memory()  # a copy from other memory waits for the device
     return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
 
 
@@ -75,8 +75,9 @@ class Draws(_Movable):
         fake_sigma (Tensor): Noise levels of the fake-score step, (B,).
         fake_noise (Tensor): Noise of the fake-score step, (B, ...).
         losses (dict): For each loss by name, the tensors that its `draw` returned. Empty without a student step.
-        moving (tuple, optional): For each call of the rollout, the indices of the samples that have not arrived, (K,)
-            int64. Default: planned from `anchor`; a plan made on the host spares the device a synchronisation.
+        order (Tensor, optional): The samples from the highest anchor to the lowest, (B,) int64. Default: of `anchor`.
+        moving (tuple, optional): For each call of the rollout, how many samples have not arrived, the first ones of
+            `order`. Default: of `anchor`. A plan made on the host spares the device a synchronisation.
     """
     sigmas: Tensor
     anchor: Tensor
@@ -85,12 +86,15 @@ class Draws(_Movable):
     fake_sigma: Tensor
     fake_noise: Tensor
     losses: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
-    moving: Optional[Tuple[Tensor, ...]] = None
+    order: Optional[Tensor] = None
+    moving: Optional[Tuple[int, ...]] = None
 
     def __post_init__(self) -> None:
         if self.moving is None:
-            plan = tuple((self.anchor > step).nonzero().flatten() for step in range(self.rollout_steps))
-            object.__setattr__(self, 'moving', plan)
+            anchors = self.anchor.tolist()
+            object.__setattr__(self, 'order', self.anchor.argsort(descending=True, stable=True))
+            object.__setattr__(self, 'moving', tuple(
+                sum(anchor > step for anchor in anchors) for step in range(self.rollout_steps)))
 
     @property
     def anchor_sigma(self) -> Tensor:

@@ -7,6 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2
+# Largest side of an image on a contact sheet, in pixels.
+SHEET_SIDE = 256
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -17,7 +19,7 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48, max_side: int = 256) -> np.ndarray:
+def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48, max_side: int = SHEET_SIDE) -> np.ndarray:
     """A contact sheet: one row a name, with the name at its left.
 
     Args:

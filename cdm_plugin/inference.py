@@ -3,30 +3,40 @@ import contextlib
 import inspect
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader, find_latest_checkpoint, load_state_dict
 from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.backbones.base import PARTS_FILE
 from cdm_plugin.config import load_config
+from cdm_plugin.data.embedding_files import read_index
+from cdm_plugin.draws import stream
 from cdm_plugin.engine import StudentEMA
 from cdm_plugin.engine.shards import is_sharded
 from cdm_plugin.export import INDEX_FILE, missing_t5
+from cdm_plugin.images import SHEET_SIDE, save_pngs
 from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.methods.base import ROLES, TRAINED_KEYS
 
 
 def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[str] = None,
-                image_size: Union[None, int, Sequence[int]] = None) -> DiffusionModel:
+                image_size: Union[None, int, Sequence[int]] = None, encoders: bool = False,
+                options: Optional[Dict[str, Any]] = None) -> DiffusionModel:
     """A method ready to sample.
+
+    With a checkpoint, what belongs to its weights (method, losses, LoRA) is as it was trained, whatever the config
+    says by now.
 
     Args:
         source (str): A folder (an exported one, or any pipeline of an architecture that is registered), or a config (a
@@ -36,6 +46,8 @@ def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[
             Default: the weights that the model starts from.
         device (str, optional): Default: MMEngine's choice.
         image_size (int or tuple, optional): Pixels, one number or (height, width). Default: the model's own.
+        encoders (bool): Whether a model of cached embeddings gets the text encoders that made them. Default False.
+        options (dict, optional): For a config: changes of it, dotted key -> value.
 
     Returns:
         DiffusionModel: In evaluation mode; `student_ema` is set if the checkpoint has one.
@@ -44,12 +56,13 @@ def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[
     if folder.is_dir() and checkpoint is not None:
         raise ValueError(f'{source!r} is an exported folder, which has its weights: leave the checkpoint '
                          f'{checkpoint!r} out, or give the config instead of the folder')
-    method = _from_folder(folder) if folder.is_dir() else _from_config(load_config(source), checkpoint)
+    if folder.is_dir():
+        method = _from_folder(folder)
+    else:
+        method = _from_config(load_config(source, options), checkpoint, encoders)
     if image_size is not None:
         method.set_image_size(*((image_size, image_size) if isinstance(image_size, int) else image_size))
-    method.to(device or get_device()).eval()
-    method.set_attention(training=False)
-    return method
+    return method.to(device or get_device()).eval()
 
 
 def _from_folder(folder: Path) -> DiffusionModel:
@@ -95,26 +108,52 @@ def _from_pipeline(folder: Path) -> DiffusionModel:
     return method
 
 
-def _from_config(cfg: Config, checkpoint: Optional[str]) -> DiffusionModel:
-    method = MODELS.build(cfg.model)
+def _from_config(cfg: Config, checkpoint: Optional[str], encoders: bool) -> DiffusionModel:
+    path, state = (None, {}) if checkpoint is None else _read_checkpoint(checkpoint)
+    trained = state.get('config', {}).get('model', {})
+    for key in TRAINED_KEYS if trained else ():
+        if trained.get(key) != cfg.model.get(key):
+            print_log(f'model.{key} is {trained.get(key)!r}, as {path} was trained', 'current')
+            cfg.model[key] = trained.get(key)
+    if cfg.model.get('lora') is not None:  # the weights come from the checkpoint
+        cfg.model.lora = {k: v for k, v in cfg.model.lora.items() if k not in ROLES or checkpoint is None}
+    if encoders:
+        _give_encoders(cfg.model.backbone)
+    method = MODELS.build({key: value for key, value in cfg.model.items() if value is not None})
+    method.config = Config({**cfg.to_dict(), **state.get('config', {}), 'model': cfg.model.to_dict()})
     if checkpoint is None:
         return method
-    path = checkpoint
-    if Path(checkpoint).is_dir() and not is_sharded(checkpoint):
-        path = find_latest_checkpoint(checkpoint)
-        if path is None:
-            raise FileNotFoundError(f'the work directory {checkpoint!r} has no checkpoint (iter_*.pth)')
-    state = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
     try:
         load_state_dict(method, state['state_dict'], strict=True)
     except RuntimeError as error:
-        raise ValueError(f'the checkpoint {path} does not fit the config\'s model: {error}') from error
+        lines = str(error).split()
+        raise ValueError(f'the checkpoint {path} does not fit the config\'s model (trained '
+                         f'{"with" if trained.get("lora") else "without"} model.lora): {" ".join(lines)[:400]}...'
+                         ) from error
     done = state.get('meta', {}).get('iter')
     method.iteration = None if not done else done - 1  # as training left it
     if 'student_ema' in state:
         method.student_ema = StudentEMA(method.student)
         method.student_ema.load_state_dict(state['student_ema'])
     return method
+
+
+def _read_checkpoint(checkpoint: str) -> Tuple[str, Dict[str, Any]]:
+    path = checkpoint
+    if Path(checkpoint).is_dir() and not is_sharded(checkpoint):
+        path = find_latest_checkpoint(checkpoint)
+        if path is None:
+            raise FileNotFoundError(f'the work directory {checkpoint!r} has no checkpoint (iter_*.pth)')
+    return path, CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+
+
+def _give_encoders(backbone: Dict[str, Any]) -> None:
+    """Puts the text encoders that made a cache in the place of the conditioner that only reads it."""
+    conditioner = backbone.get('conditioner') or {}
+    if conditioner.get('type') != 'EmbeddingConditioner':
+        return
+    index = read_index(Path(conditioner['folder'])) if Path(conditioner['folder']).is_dir() else None
+    backbone['conditioner'] = dict(index['encoder']) if index else None
 
 
 def student_weights(method: DiffusionModel, ema: bool) -> contextlib.AbstractContextManager:
@@ -124,7 +163,7 @@ def student_weights(method: DiffusionModel, ema: bool) -> contextlib.AbstractCon
 
 @torch.no_grad()
 def sample_prompts(method: DiffusionModel, prompts: List[Any], noise: Tensor, batch_size: int = 250,
-                   progress: Optional[str] = None, **kwargs: Any) -> Tensor:
+                   **kwargs: Any) -> Tensor:
     """Images for a list of prompts, in batches.
 
     Args:
@@ -132,18 +171,50 @@ def sample_prompts(method: DiffusionModel, prompts: List[Any], noise: Tensor, ba
         prompts (list): N texts or class labels.
         noise (Tensor): Standard normal, (N, C, h, w): one row a prompt, so that models can be compared.
         batch_size (int): Samples of one batch. Default 250.
-        progress (str, optional): Label of a progress bar. Default: none is shown.
         **kwargs: Passed to `DiffusionModel.sample` (`sigmas`, `role`, `guidance_scale`, ...).
 
     Returns:
         Tensor: Images in [-1, 1], (N, 3 or 1, H, W), on the CPU.
     """
     images = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=progress, unit='batch', disable=progress is None):
+    for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         data = method.data_preprocessor([dict(prompt=p) for p in prompts[part]], False)
         images.append(method.sample(method.backbone.condition(data), noise[part], **kwargs).cpu())
     return torch.cat(images)
+
+
+def sample_files(method: DiffusionModel, prompts: List[Any], folder: Path, seed: int, batch_size: int,
+                 prefix: str = '', **kwargs: Any) -> Tensor:
+    """Draws a PNG a prompt, `<prefix><number>.png`, each batch written as soon as it is drawn.
+
+    Image i depends on the seed and i alone, not on the batch size or on what else is drawn.
+
+    Args:
+        method (DiffusionModel): The method.
+        prompts (list): N texts or class labels.
+        folder (Path): Where to.
+        seed (int): Of the noise.
+        batch_size (int): Samples of one batch.
+        prefix (str): Of the files' names. Default none.
+        **kwargs: Passed to `DiffusionModel.sample`.
+
+    Returns:
+        Tensor: The images shrunk to a contact sheet's size, (N, 3 or 1, h, w), on the CPU.
+    """
+    small = []
+    with tqdm(total=len(prompts), desc=kwargs.get('role', 'student'), unit='image') as bar:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start:start + batch_size]
+            numbers = range(start, start + len(part))
+            noise = torch.cat([torch.randn(method.latent_shape(1), generator=stream(seed, 'sample', i))
+                               for i in numbers])
+            images = sample_prompts(method, part, noise, len(part), **kwargs)
+            save_pngs(images, folder, [f'{prefix}{i:04d}' for i in numbers])
+            factor = min(1.0, SHEET_SIDE / max(images.shape[-2:]))
+            small.append(images if factor == 1 else interpolate(images, scale_factor=factor, mode='area'))
+            bar.update(len(part))
+    return torch.cat(small)
 
 
 def step_sigmas(steps: int) -> Tensor:

@@ -9,7 +9,7 @@ import difflib
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from diffusers import ModelMixin
@@ -63,7 +63,7 @@ class AdapterRole(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward pass in this role."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_active(_tuner_layers(self.base), self.adapter))
+            stack.enter_context(_Active(_tuner_layers(self.base), self.adapter))
             for submodule, hook in self._hooks:
                 stack.callback(self.base.get_submodule(submodule).register_forward_hook(hook).remove)
             return self.base(*args, **kwargs)
@@ -73,16 +73,22 @@ def _tuner_layers(network: nn.Module) -> List[BaseTunerLayer]:
     return [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-@contextlib.contextmanager
-def _active(layers: List[BaseTunerLayer], adapter: Optional[str]) -> Iterator[None]:
-    """The layers compute with one adapter, or with none; `requires_grad` stays as it is."""
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [adapter], adapter is None
-    try:
-        yield
-    finally:
-        for layer, (active, disabled) in zip(layers, before):
+class _Active:
+    """Context in which layers compute with one adapter, or with none; `requires_grad` stays as it is.
+
+    It may be entered again, as a second backward pass through the same checkpoint does.
+    """
+
+    def __init__(self, layers: List[BaseTunerLayer], adapter: Optional[str]) -> None:
+        self.layers, self.adapter, self.before = layers, adapter, []
+
+    def __enter__(self) -> None:
+        self.before.append([(layer._active_adapter, layer._disable_adapters) for layer in self.layers])
+        for layer in self.layers:
+            layer._active_adapter, layer._disable_adapters = [self.adapter], self.adapter is None
+
+    def __exit__(self, *error: Any) -> None:
+        for layer, (active, disabled) in zip(self.layers, self.before.pop()):
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
@@ -96,7 +102,7 @@ def checkpoint_in_role(module: nn.Module, *args: Any) -> Any:
     layers = _tuner_layers(module) if isinstance(module, nn.Module) else []
     adapter = None if not layers or layers[0]._disable_adapters else layers[0]._active_adapter[0]
     return checkpoint(module, *args, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _active(layers, adapter)))
+                      context_fn=lambda: (contextlib.nullcontext(), _Active(layers, adapter)))
 
 
 class LoRA:
@@ -116,6 +122,8 @@ class LoRA:
                  student: Optional[str] = None, fake: Optional[str] = None) -> None:
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f'model.lora.rank must be a whole number of 1 or more, but is {rank!r}')
+        if alpha is not None and not (isinstance(alpha, (int, float)) and alpha > 0):
+            raise ValueError(f'model.lora.alpha must be a number above 0, but is {alpha!r}')
         self.rank, self.alpha, self.target_modules = rank, rank if alpha is None else alpha, target_modules
         self.start = dict(student=student, fake=fake)
 
@@ -176,7 +184,8 @@ class LoRA:
             if value.shape != expected[name].shape:
                 raise ValueError(f'{given} has rank {min(value.shape)}, but model.lora.rank is {self.rank} '
                                  f'({name}: {tuple(value.shape)} instead of {tuple(expected[name].shape)})')
-        if alpha is not None and alpha != self.alpha:
+        alpha = self.rank if alpha is None else alpha  # what diffusers takes if the file does not say it
+        if alpha != self.alpha:
             raise ValueError(f'{given} was trained with alpha {alpha}, but model.lora.alpha is {self.alpha}')
         set_peft_model_state_dict(base, weights, adapter_name=role)
 

@@ -46,9 +46,9 @@ def rollout(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], draws) -> Tupl
     """
     x = draws.noise.clone()
     for step, moving in enumerate(draws.moving):
-        index = moving if len(moving) else moving.new_zeros(1)
+        index = draws.order[:max(moving, 1)]
         sigma, next_sigma = (s.expand(len(index)) for s in draws.sigmas[step:step + 2])
         answer = velocity(x[index], sigma, index)
-        if len(moving):
+        if moving:
             x[index] = extrapolate(x[index], answer, sigma, next_sigma)
     return x, draws.anchor_sigma

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
+from cdm_plugin.data import check_cache
 from cdm_plugin.engine import DistillationDataParallel, StudentEMA
 from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
 
 
@@ -39,6 +41,18 @@ def batch_size_of(data: Any) -> int:
     while isinstance(data, dict):
         data = next(iter(data.values()))
     return len(data)
+
+
+def check_resumed(saved: Dict[str, Any], model: Dict[str, Any]) -> None:
+    """Compares the model's config with that of the checkpoint: adapters must be the same, the rest may change."""
+    for key in ('rank', 'alpha', 'target_modules'):
+        old, new = ((m.get('lora') or {}).get(key) for m in (saved, model))
+        if old != new:
+            raise ValueError(f'model.lora.{key}={new!r}, but the run that is resumed was trained with {old!r}')
+    changed = [key for key in TRAINED_KEYS if key != 'lora' and saved.get(key) != model.get(key)]
+    if changed:
+        print_log(f'the run is resumed with other settings than it was trained with: model.{", model.".join(changed)}',
+                  'current', level=30)
 
 
 @HOOKS.register_module()
@@ -84,6 +98,9 @@ class CDMHook(Hook):
             raise ValueError(f"model_wrapper_cfg.type must be 'DistillationDataParallel', but is "
                              f'{type(runner.model).__name__!r}')
         method.seed = seed_of(runner)
+        if isinstance(runner.optim_wrapper, OptimWrapperDict):  # a run without training has none
+            method.autocast_dtype = getattr(runner.optim_wrapper['student'], 'dtype', None)
+        method.set_attention(method.autocast_dtype, training=runner._train_loop is not None)
         if self._loaded_before_run:  # FlexibleRunner loads before this
             self._loaded_before_run = False
         else:
@@ -109,8 +126,6 @@ class CDMHook(Hook):
         if method.student_ema is not None and not (runner._resume and self._ema_loaded):
             method.student_ema.reset()
             self._ema_loaded = True
-        method.autocast_dtype = getattr(runner.optim_wrapper['student'], 'dtype', None)
-        method.set_attention(method.autocast_dtype)
         self._defer_logs(runner, method)
         self._check_data(runner, method)
         self._check_accumulation(runner, method)
@@ -123,7 +138,13 @@ class CDMHook(Hook):
         self._logs.clear()
         self._batch_sizes.clear()
         self._batches_seen = False
-        method.log_sink = self._logs.append
+        method.log_sink = self._logs.append if self._log_intervals else None
+
+    def after_train(self, runner: Any) -> None:
+        """The method is as before the training, but for its weights."""
+        self._flush_logs(runner)
+        method = method_of(runner)
+        method.log_sink = method.autocast_dtype = None
 
     def _logs_are_due(self, runner: Any, batch_idx: int) -> bool:
         """Whether a LoggerHook or a CheckpointHook, which come later, reads them in this iteration."""
@@ -136,7 +157,9 @@ class CDMHook(Hook):
         """Brings the waiting scalars to the host in one copy, and their means over the ranks into MMEngine's history,
         in their order."""
         tensors = [value for logs in self._logs for value in logs.values() if isinstance(value, Tensor)]
-        numbers = iter(torch.stack([t.detach().float() for t in tensors]).tolist() if tensors else [])
+        device = method_of(runner).device
+        numbers = iter(torch.stack([t.detach().to(device, torch.float32).reshape(()) for t in tensors]).tolist()
+                       if tensors else [])
         own = [{key: next(numbers) if isinstance(value, Tensor) else value for key, value in logs.items()}
                for logs in self._logs]
         self._logs.clear()
@@ -154,6 +177,7 @@ class CDMHook(Hook):
             return  # a look would take the sample away
         if len(dataset) == 0:
             raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
+        check_cache(dataset, method.backbone)
         data = method.data_preprocessor([dataset[0]], True)
         with torch.no_grad():
             condition = method.backbone.condition(data).to(method.device)
@@ -253,13 +277,20 @@ class CDMHook(Hook):
         if method.student_ema is not None:
             checkpoint['student_ema'] = method.student_ema.state_dict()
         checkpoint['message_hub'] = pack_message_hub(checkpoint['message_hub'])
-        for key in ('meta', 'optimizer', 'param_schedulers'):
+        checkpoint['config'] = runner.cfg.to_dict()
+        for key in ('config', 'meta', 'optimizer', 'param_schedulers'):
             if key in checkpoint:
                 checkpoint[key] = plain(checkpoint[key])
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
-        """Takes the EMA back; the inverse of `before_save_checkpoint`."""
+        """Takes the EMA back; the inverse of `before_save_checkpoint`.
+
+        Raises:
+            ValueError: If a run is resumed with other adapters than it has trained.
+        """
         method = method_of(runner)
+        if runner._resume and 'config' in checkpoint:
+            check_resumed(checkpoint['config'].get('model', {}), runner.cfg.model)
         if method.seed is None:  # before_run has not been
             self._start_ema(method)
             self._loaded_before_run = True

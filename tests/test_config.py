@@ -9,11 +9,12 @@ from recipes import CDM, TEACHER
 from cdm_plugin.cli import main
 from cdm_plugin.config import RECIPES, load_config
 
-SHIPPED = sorted(str(p.relative_to(RECIPES)) for p in RECIPES.glob('[!_]*/*.py'))
+# Those whose models the package carries; tests/test_recipes.py has the others.
+SHIPPED = sorted(str(p.relative_to(RECIPES)) for p in RECIPES.glob('digits/*.py'))
 
 
 def test_the_digits_recipes_are_shipped():
-    starts = [name.split('/')[1].split('_')[0] for name in SHIPPED if name.startswith('digits/')]
+    starts = [name.split('/')[1].split('_')[0] for name in SHIPPED]
     assert sorted(starts) == ['cdm', 'decoupled-dmd', 'dmd2', 'teacher']
 
 

@@ -31,8 +31,9 @@ def sample(**kwargs):
 
 
 def flat(draws):
-    """All tensors by name; those of losses as loss.name."""
-    tensors = {name: value for name, value in vars(draws).items() if isinstance(value, torch.Tensor)}
+    """All tensors that are drawn, by name; those of losses as loss.name. `order` follows from `anchor`."""
+    tensors = {name: value for name, value in vars(draws).items()
+               if isinstance(value, torch.Tensor) and name != 'order'}
     for loss, named in draws.losses.items():
         tensors.update({f'{loss}.{name}': value for name, value in named.items()})
     return tensors

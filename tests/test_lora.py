@@ -90,6 +90,15 @@ def test_gradients_equal_three_separate_networks_with_the_same_adapters(type, ch
         torch.testing.assert_close(logs[name], expected_logs[name], rtol=0, atol=1e-10)
 
 
+def test_a_second_backward_pass_through_the_same_checkpoint():
+    method = lora_method(activation_checkpointing=True)
+    condition = method.backbone.condition(LABELS)
+    loss = method.velocity('student', torch.randn(5, 4, 4, 4), torch.rand(5), condition).square().mean()
+    parameters = list(method.student.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, parameters)))
+
+
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_each_adapter_moves_in_its_own_step_only_and_the_base_never(checkpointing):
     method = lora_method(activation_checkpointing=checkpointing, fake_merge=0.0)
@@ -200,6 +209,9 @@ def test_mistakes_name_the_key(tmp_path):
         build(ranks=3)
     with pytest.raises(ValueError, match=r'model\.lora\.rank must be'):
         build(rank=0)
+    for alpha in (0, 'abc'):
+        with pytest.raises(ValueError, match=r'model\.lora\.alpha must be a number above 0'):
+            build(alpha=alpha)
     with pytest.raises(ValueError, match=r'model\.lora\.target_modules.*nothing'):
         build(rank=2, target_modules=['nothing'])
     with pytest.raises(ValueError, match=r'model\.lora\.student=.*rank 3, but model\.lora\.rank is 4'):

@@ -16,13 +16,11 @@ from cdm_plugin import attention as kernels
 from cdm_plugin.assets import resolve
 from cdm_plugin.codecs import Codec
 from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import HUB_KEYS, Conditioner, check_dtype
+from cdm_plugin.conditioners import HUB_KEYS, Conditioner, check_dtype, check_load_keys
 from cdm_plugin.flow import full_precision, shift_sigmas
 from cdm_plugin.networks import dtype_of
 
 PARTS_FILE = 'cdm_parts.json'
-# What `from_pretrained` may be told.
-LOAD_KEYS = ('revision', 'variant', 'cache_dir', 'local_files_only', 'token', 'force_download', 'use_safetensors')
 
 
 def pack(x: Tensor) -> Tensor:
@@ -66,8 +64,9 @@ class Backbone(nn.Module):
     conditioner_type: str
     # Name of the network's submodule whose output is the time embedding (an anchor-aware fake score adds to it).
     time_embedder: str
-    # Linear layers that LoRA adapts by default, by the end of their names.
-    lora_targets: Sequence[str] = ('to_q', 'to_k', 'to_v', 'to_out.0')
+    # Linear layers that LoRA adapts by default, by the end of their names: all of the attention's, image and text.
+    lora_targets: Sequence[str] = ('to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj',
+                                   'to_add_out')
     # Class names of the blocks that repeat: the units of compilation and of sharding.
     repeated_blocks: Sequence[str] = ()
     # Latents a token covers, per side.
@@ -81,11 +80,7 @@ class Backbone(nn.Module):
         if pretrained is None and config is None:
             raise ValueError('model.backbone needs pretrained (hub id or folder) or config (dimensions of a new '
                              'network), but has neither')
-        unknown = sorted(set(load_kwargs) - set(LOAD_KEYS))
-        if unknown:
-            raise ValueError(f'model.backbone.{unknown[0]} is unknown: {type(self).__name__} takes pretrained, config, '
-                             'conditioner, codec, scheduler, subfolder, dtype, attention, compile, quantization, '
-                             f'{", ".join(LOAD_KEYS)}')
+        check_load_keys(load_kwargs, 'model.backbone', type(self))
         self.pretrained = None if pretrained is None else self._check_folder(resolve(pretrained), pretrained)
         self.subfolder, self.load_kwargs = subfolder, load_kwargs
         self.dtype = check_dtype(dtype, 'model.backbone.dtype')
@@ -116,7 +111,10 @@ class Backbone(nn.Module):
             network = self._load_network(dtype)
         if self.compile:
             network._repeated_blocks = list(self.repeated_blocks)
-            network.compile_repeated_blocks()
+            # The rollout's batch shrinks, and three roles call the blocks with and without gradient: with torch's
+            # limit of 8 variants the rest would run uncompiled.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            network.compile_repeated_blocks(dynamic=True)
         return network
 
     def _load_network(self, dtype: torch.dtype) -> ModelMixin:
@@ -199,8 +197,13 @@ class Backbone(nn.Module):
                 self.pretrained, subfolder=self.subfolder, **self._hub_kwargs))
         except OSError as error:
             cause = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(f'model.backbone.pretrained={self.pretrained!r} is no diffusers pipeline (it has '
-                                    f'no {self.subfolder}/config.json), or cannot be reached: {cause}') from error
+            if Path(self.pretrained).is_dir():
+                raise FileNotFoundError(f'model.backbone.pretrained={self.pretrained!r} is no diffusers pipeline: it '
+                                        f'has no {self.subfolder}/config.json') from error
+            raise FileNotFoundError(
+                f'model.backbone.pretrained={self.pretrained!r} is no folder here, and as a hub id it is not in the '
+                f'local cache and cannot be fetched (no connection, no access, or no such repository): {cause}'
+                ) from error
         found = loaded.get('_class_name', self.network_class.__name__)
         if found != self.network_class.__name__:
             fitting = [name for name, cls in MODELS.module_dict.items()

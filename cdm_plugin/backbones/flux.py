@@ -33,9 +33,6 @@ class FluxBackbone(Backbone):
     pipeline_name = 'FluxPipeline'
     conditioner_type = 'FluxTextConditioner'
     time_embedder = 'time_text_embed'
-    # Attention of both kinds of blocks; the single-stream ones have no projections of the text's own and no to_out.
-    lora_targets = ('attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj', 'attn.add_k_proj',
-                    'attn.add_v_proj', 'attn.to_add_out')
     repeated_blocks = tuple(FluxTransformer2DModel._repeated_blocks)
     patch = 2
 

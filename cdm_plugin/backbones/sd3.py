@@ -20,9 +20,6 @@ class SD3Backbone(Backbone):
     pipeline_name = 'StableDiffusion3Pipeline'
     conditioner_type = 'SD3TextConditioner'
     time_embedder = 'time_text_embed'
-    # As in diffusers' training script for this architecture: both streams' attention.
-    lora_targets = ('attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'attn.add_q_proj', 'attn.add_k_proj',
-                    'attn.add_v_proj', 'attn.to_add_out')
     repeated_blocks = ('JointTransformerBlock',)
 
     @property

@@ -146,6 +146,42 @@ def check_encoder(folder: str, conditioner: Mapping[str, Any]) -> None:
                          'of this encoder, or make one with `cdm cache`')
 
 
+def check_cache(dataset: Any, backbone: Any) -> None:
+    """Checks that cached embeddings belong to a model: that its own text encoders made them, and that the null
+    condition is of the same cache. Folders without an index (not made by `cdm cache`) are taken as they are.
+
+    Args:
+        dataset (Dataset): The training dataset, of any kind.
+        backbone (Backbone): The model's.
+
+    Raises:
+        ValueError: If they do not; names the folder and what differs.
+    """
+    own = backbone.default_parts().get('conditioner')
+    null_folder = getattr(backbone.conditioner, 'folder', None)
+    null_index = read_index(Path(null_folder)) if null_folder and Path(null_folder).is_dir() else None
+    for root in _cache_folders(dataset):
+        index = read_index(root) if root.is_dir() else None
+        if index is None:
+            continue
+        if own is not None:  # how the encoders were used is the cache's business, which encoders they are is not
+            check_encoder(str(root), {**index['encoder'], **{k: v for k, v in own.items() if k in index['encoder']
+                                                             or k in ('revision', 'variant')}})
+        for key in ('encoder', 'source', 'fields'):
+            if null_index is not None and null_index[key] != index[key]:
+                difference = _difference(key, null_index[key], index[key])
+                raise ValueError(f'the null condition (model.backbone.conditioner.folder={null_folder!r}) and the '
+                                 f'embeddings in {root} are of two caches ({difference}): take one folder for both')
+
+
+def _cache_folders(dataset: Any) -> List[Path]:
+    """Folders of all embedding datasets inside a dataset."""
+    if isinstance(getattr(dataset, 'data_root', None), str) and hasattr(dataset, 'null_condition'):
+        return [Path(dataset.data_root)]
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    return [folder for part in inner if part is not None for folder in _cache_folders(part)]
+
+
 def read_prompts(cfg: Config, key: str) -> List[str]:
     """The distinct prompts of a dataset, in the order in which they first occur.
 

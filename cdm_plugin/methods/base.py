@@ -21,6 +21,9 @@ from cdm_plugin.sampling import euler_sample
 from cdm_plugin.time_grids import check_sigmas
 
 ROLES = ('student', 'fake', 'teacher')
+# Settings of `model` that say how its weights were trained: they go with a checkpoint.
+TRAINED_KEYS = ('type', 'alpha', 'losses', 'time_grid', 'sample_sigmas', 'student_every', 'fake_merge',
+                'anchor_aware_fake', 'lora')
 
 
 class DiffusionModel(BaseModel):
@@ -47,6 +50,7 @@ class DiffusionModel(BaseModel):
         autocast_dtype (torch.dtype): Dtype of autocast when the networks sample, or None; kept by CDMHook.
         log_sink (Callable): Takes the scalars of an iteration in place of `train_step`'s caller, or None; kept by
             CDMHook, which brings them to the host when they are due.
+        config (Config): The training config, kept by load_method for the model card; or None.
         calls (Counter): Network calls of the last train_step by (role, with gradient).
         call_samples (Counter): The same, counted in samples.
     """
@@ -72,6 +76,7 @@ class DiffusionModel(BaseModel):
         self.student_ema = None
         self.anchor_sigma: Optional[Tensor] = None
         self.validation_batches = 0
+        self.config: Any = None
         self.autocast_dtype: Optional[torch.dtype] = None
         self.log_sink: Optional[Callable[[Dict[str, Any]], None]] = None
         self.calls: Counter = Counter()

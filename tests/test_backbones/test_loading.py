@@ -22,8 +22,8 @@ def copied(tiny, tmp_path):
 
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
     for build in (SD3Backbone, LongCatImageBackbone, FluxBackbone):
-        with pytest.raises(FileNotFoundError, match=r'model\.backbone\.pretrained=.*is no diffusers pipeline \(it has '
-                                                    r'no transformer/config\.json\)'):
+        with pytest.raises(FileNotFoundError, match=r'model\.backbone\.pretrained=.*is no diffusers pipeline: it has '
+                                                    r'no transformer/config\.json'):
             build(pretrained=str(tmp_path))
 
 

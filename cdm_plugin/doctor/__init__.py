@@ -1,0 +1,229 @@
+"""What a config resolves to, what it needs and what would fail, before anything large is loaded.
+
+The method is really built, but its networks lie on the meta device: they have shapes and no memory. So every setting,
+every number of parameters and every optimizer state is what training will have, and activations are measured by
+running forward and backward passes of shapes. What is known of a hub model that is not on this machine comes from the
+recipe's `model.backbone.config` and the table below.
+"""
+import copy
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+import torch
+from mmengine.config import Config
+from torch import Tensor
+
+import cdm_plugin  # noqa: F401  registers everything
+from cdm_plugin import attention
+from cdm_plugin.assets import resolve
+from cdm_plugin.config import check_config
+from cdm_plugin.doctor.calls import expected_calls
+from cdm_plugin.doctor.memory import _accumulates, build_optimizers, count_parts, estimate_phases
+from cdm_plugin.doctor.meta import build_on_meta
+from cdm_plugin.doctor.report import Report, _numbers, _problems, _size, format_report
+from cdm_plugin.methods import DiffusionModel, Distillation
+from cdm_plugin.sigma_samplers import SigmaSampler
+
+__all__ = ['Report', 'diagnose', 'format_report']
+
+PACKAGES = ('torch', 'mmengine', 'diffusers', 'transformers', 'peft', 'deepspeed', 'xformers', 'flash-attn',
+            'bitsandbytes')
+
+
+def diagnose(cfg: Config, gpus: int = 1) -> Report:
+    """Examines a training config. Nothing is downloaded, and no weights are loaded.
+
+    Args:
+        cfg (Config): The config, not necessarily valid.
+        gpus (int): Number of GPUs, one process each. Default 1.
+
+    Returns:
+        Report: Mistakes are among its `problems`; nothing is raised for them.
+    """
+    report = Report(str(cfg.filename or 'config'), gpus, _versions(), _device())
+    cfg = Config(copy.deepcopy(cfg.to_dict()))
+    _check_surroundings(cfg, report)
+    method, wrappers = None, {}
+    with _problems(report):
+        check_config(cfg)
+        method = build_on_meta(cfg.model.to_dict(), report)
+        wrappers = build_optimizers(cfg, method)
+    if method is None:
+        return report
+    batch = cfg.train_dataloader.get('batch_size', 1)
+    with _problems(report, 'the recipe'):
+        report.recipe = _recipe(cfg, method, wrappers, batch, gpus)
+    with _problems(report, 'network calls'):
+        report.calls = expected_calls(method, batch, gpus)
+    report.parts = count_parts(cfg, method, wrappers)
+    report.checkpoint = sum(part.weights + part.optimizer + part.ema for part in report.parts if part.optimizer)
+    if wrappers:
+        with _problems(report, 'activations'):
+            report.activations, report.phases = estimate_phases(cfg, method, wrappers, batch, report.parts)
+        with _problems(report):
+            report.attention = _attention(method, wrappers)
+    _check_space(cfg, report, method, wrappers)
+    return report
+
+
+# What the recipe says
+
+
+def _recipe(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch: int, gpus: int) -> Dict[str, str]:
+    """Setting -> what it resolves to."""
+    sigmas = method.sample_sigmas
+    height, width = (side * method.backbone.codec.scale for side in method.latent_size)
+    texts = [field.shape[1] for field in method.null_condition(1).fields.values() if field.ndim == 3]
+    rows = {'method': type(method).__name__,
+            'backbone': f'{cfg.model.backbone.type}, {cfg.model.backbone.get("pretrained") or "new weights"}',
+            'image': f'{height}x{width} pixels, {method.backbone.tokens(method.latent_size)} tokens, '
+                     f'{sum(texts)} of text'}
+    rows['sample_sigmas'] = (f'{_numbers(sigmas.tolist())}; after the shift of '
+                             f'{method.backbone.shift(method.latent_size):.4g}: '
+                             f'{_numbers(method.shift(sigmas).tolist())}')
+    every = getattr(method, 'student_every', 1)
+    if isinstance(method, Distillation):
+        rows['alpha'] = f'{method.alpha:g} (guidance scale {method.alpha + 1:g})'
+        rows.update({f'loss {name}': _describe(loss) for name, loss in method.losses.items()})
+        rows['fake score'] = (f'{_describe(method.fake_loss)}, sigma {_describe(method.fake_sigma)}, '
+                              f'{"knows" if hasattr(method.fake, "anchor_embedding") else "does not know"} the anchor')
+        rows['time grid'] = _describe(method.time_grid)
+        rows['student_every'], rows['fake_merge'] = str(every), f'{method.fake_merge:g}'
+    else:
+        rows['sigma'], rows['drop_rate'] = _describe(method.sigma), f'{method.drop_rate:g}'
+    rows['LoRA'] = 'off' if method.lora is None else (
+        f'one base, adapters of rank {method.lora.rank}, alpha {method.lora.alpha:g} on '
+        + ', '.join(method.lora.target_modules or method.backbone.lora_targets))
+    rows['checkpointing'] = 'activations are recomputed in backward' if method.activation_checkpointing else 'off'
+    for role, wrapper in wrappers.items():
+        rows[f'optimizer {role}'] = _describe_optimizer(cfg.optim_wrapper[role], wrapper)
+    counts = max((getattr(w, '_accumulative_counts', 1) for w in wrappers.values()), default=1)
+    iterations = cfg.get('train_cfg', {}).get('max_iters')
+    rows['batch'] = f'{batch} x {gpus} GPU{"s" * (gpus > 1)}' + (
+        f' x {counts} accumulated' if counts > 1 else '') + f' = {batch * gpus * counts}'
+    if iterations:
+        rows['iterations'] = f'{iterations:,}, {iterations // every:,} student steps' + (
+            f', {iterations // every // counts:,} updates of the student' if counts > 1 else '')
+    return rows
+
+
+def _describe(thing: Any) -> str:
+    """Class and plain settings of a loss, sampler or grid."""
+    settings = []
+    for key, value in vars(thing).items():
+        if isinstance(value, SigmaSampler):
+            settings.append(f'{key} {_describe(value)}')
+        elif isinstance(value, Tensor) and not key.startswith('_'):
+            settings.append(f'{key} {_numbers(value.tolist())}')
+        elif isinstance(value, (int, float, str)) and not key.startswith('_') and key != 'training':
+            settings.append(f'{key} {value:g}' if type(value) in (int, float) else f'{key} {value}')
+    text = ', '.join(settings)
+    return f'{type(thing).__name__}({text})' if settings else type(thing).__name__
+
+
+def _describe_optimizer(cfg: Dict[str, Any], wrapper: Any) -> str:
+    group = wrapper.optimizer.param_groups[0]
+    options = {k: v for k, v in cfg.get('optimizer', {}).items() if k not in ('type', 'lr')}
+    dtype = getattr(wrapper, 'dtype', None)
+    rows = [type(wrapper.optimizer).__name__, f'lr {group["lr"]:g}', *(f'{k} {v}' for k, v in options.items()),
+            'no autocast' if dtype is None else f'autocast {str(dtype).removeprefix("torch.")}']
+    if wrapper.clip_grad_kwargs:
+        rows.append('clip ' + ', '.join(f'{k} {v}' for k, v in wrapper.clip_grad_kwargs.items()))
+    if _accumulates(wrapper):
+        rows.append(f'{wrapper._accumulative_counts} steps accumulated')
+    return ', '.join(rows)
+
+
+# This machine, and what would fail
+
+
+def _versions() -> Dict[str, str]:
+    found = dict(python=platform.python_version())
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = 'not installed'
+    return found
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return 'CPU, no CUDA device'
+    properties = torch.cuda.get_device_properties(0)
+    return (f'{torch.cuda.device_count()} x {properties.name}, {_size(properties.total_memory)} each, '
+            f'CUDA {torch.version.cuda}')
+
+
+def _attention(method: DiffusionModel, wrappers: Dict[str, Any]) -> str:
+    """The kernel of the networks on this machine; the networks themselves stay on the meta device."""
+    network = method.base if method.base is not None else method.student
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    dtype = getattr(wrappers.get('student'), 'dtype', None) or network.dtype
+    name = method.backbone.attention
+    kernel, why = attention.set_attention(network, name, device, dtype)
+    return f'{name!r} is {kernel} here: {why}'
+
+
+def _check_surroundings(cfg: Config, report: Report) -> None:
+    """Files, packages and processes."""
+    if report.gpus > 1:
+        report.problems.append(f'{report.gpus} GPUs: this version trains in one process, on one GPU')
+    dataset = cfg.get('train_dataloader', {}).get('dataset')
+    for part in _dicts(dataset):
+        root = part.get('data_root') or ''
+        for key in ('ann_file', 'data_file', 'data_root'):
+            path = part.get(key)
+            if not isinstance(path, str) or not path or '://' in path:
+                continue
+            with _problems(report):
+                where = Path(resolve(path if key == 'data_root' else os.path.join(resolve(root), path)
+                                     if not path.startswith('asset:') else path))
+                if not where.exists():
+                    report.problems.append(f'train_dataloader.dataset: {key}={path!r} does not exist')
+    if not any(hook.get('type') == 'CDMHook' for hook in _dicts([cfg.get('custom_hooks'), cfg.get('default_hooks')])):
+        report.problems.append("custom_hooks needs dict(type='CDMHook')")
+    backbone = cfg.get('model', {}).get('backbone') or {}
+    if backbone.get('quantization') and report.versions['bitsandbytes'] == 'not installed':
+        report.problems.append('model.backbone.quantization needs the package bitsandbytes, which is not installed')
+    small = str(backbone.get('pretrained') or 'asset:').startswith('asset:')
+    if not torch.cuda.is_available() and not small:
+        report.warnings.append('there is no CUDA device here')
+
+
+def _dicts(value: Any) -> Iterator[Dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        for child in value.values():
+            yield from _dicts(child)
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            yield from _dicts(child)
+
+
+def _check_space(cfg: Config, report: Report, method: DiffusionModel, wrappers: Dict[str, Any]) -> None:
+    """GPU memory, disk, and checkpoints that lose gradients."""
+    if torch.cuda.is_available() and report.phases:
+        total = torch.cuda.get_device_properties(0).total_memory
+        if report.peak > total:
+            report.problems.append(f'about {_size(report.peak)} are needed at a time, but this GPU has {_size(total)}')
+        elif report.peak > 0.9 * total:
+            report.warnings.append(f'about {_size(report.peak)} of this GPU\'s {_size(total)} are needed, and CUDA and '
+                                   'the allocator take some too')
+    checkpoint = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    folder = Path(cfg.get('work_dir') or 'work_dirs').absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    # MMEngine deletes the oldest after it has written the newest.
+    needed = report.checkpoint * (max(checkpoint.get('max_keep_ckpts', 1), 1) + 1)
+    if checkpoint and needed > free:
+        report.warnings.append(f'{_size(needed)} of checkpoints (default_hooks.checkpoint.max_keep_ckpts='
+                               f'{checkpoint.get("max_keep_ckpts", -1)}) do not fit the {_size(free)} that are free')
+    cycle = max((w._accumulative_counts * (getattr(method, 'student_every', 1) if role == 'student' else 1)
+                 for role, w in wrappers.items() if _accumulates(w)), default=1)
+    if checkpoint.get('interval', cycle) % cycle:
+        report.warnings.append(f'default_hooks.checkpoint.interval={checkpoint.interval} is no multiple of {cycle}: a '
+                               'resumed run loses the gradients accumulated until then')

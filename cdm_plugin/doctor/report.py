@@ -1,0 +1,185 @@
+"""What the doctor found, and its text."""
+import contextlib
+from dataclasses import dataclass, field
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+# Mistakes in a config or in the data, as in cli.py.
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError)
+ROLES = dict(student='student', fake='fake score', teacher='teacher')
+
+
+@dataclass
+class Part:
+    """One thing that occupies a GPU's memory; sizes in bytes.
+
+    Attributes:
+        name (str): 'base', 'student', 'fake', 'teacher', 'text encoders' or 'VAE'.
+        parameters (int): Number of parameters.
+        dtype (str): Of the weights.
+        weights (int): Weights and buffers that stay on the GPU.
+        gradients (int): Gradients, while there are any.
+        optimizer (int): The optimizer's state.
+        ema (int): The moving average.
+        note (str): What else to know.
+    """
+    name: str
+    parameters: int
+    dtype: str
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    ema: int = 0
+    note: str = ''
+
+
+@dataclass
+class Calls:
+    """Network calls of one iteration, in expectation over the draws.
+
+    Attributes:
+        rollout (float): Sequential calls of the rollout: the largest anchor index over batch and ranks.
+        anchor (float): Mean anchor index of a sample.
+        calls (dict): (role, with gradient) -> calls an iteration.
+        samples (dict): The same in samples of one rank.
+        equivalents (float): Forward passes a sample and iteration; with gradient 3, or 4 with activation checkpointing.
+        cycle (int): Iterations a student step.
+    """
+    rollout: float
+    anchor: float
+    calls: Dict[Tuple[str, bool], float]
+    samples: Dict[Tuple[str, bool], float]
+    equivalents: float
+    cycle: int
+
+
+@dataclass
+class Report:
+    """What `diagnose` found; what could not be found out is empty.
+
+    Attributes:
+        config (str): The config's file.
+        gpus (int): Number of GPUs, one process each.
+        versions (dict): Package -> version, or 'not installed'.
+        device (str): What would train here.
+        recipe (dict): Setting -> what it resolves to, as a text.
+        attention (str): The kernel, and why.
+        parts (list[Part]): What stays in a GPU's memory, role by role.
+        activations (dict): Call -> bytes that it adds while it runs.
+        phases (dict): Phase of an iteration -> bytes on top of the parts.
+        checkpoint (int): Bytes of a checkpoint on disk.
+        calls (Calls): Network calls.
+        problems (list[str]): What will fail.
+        warnings (list[str]): What may fail, or is worth knowing.
+    """
+    config: str
+    gpus: int
+    versions: Dict[str, str] = field(default_factory=dict)
+    device: str = ''
+    recipe: Dict[str, str] = field(default_factory=dict)
+    attention: str = ''
+    parts: List[Part] = field(default_factory=list)
+    activations: Dict[str, int] = field(default_factory=dict)
+    phases: Dict[str, int] = field(default_factory=dict)
+    checkpoint: int = 0
+    calls: Optional[Calls] = None
+    problems: List[str] = field(default_factory=list)
+    warnings: List[str] = field(default_factory=list)
+
+    def part(self, name: str) -> Part:
+        """A part by its name."""
+        return next(part for part in self.parts if part.name == name)
+
+    @property
+    def resident(self) -> int:
+        """Bytes that stay on a GPU: weights, optimizer state, EMA."""
+        return sum(part.weights + part.optimizer + part.ema for part in self.parts)
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes on a GPU at one time; allocator and CUDA context come on top."""
+        return self.resident + max(self.phases.values(), default=0)
+
+
+@contextlib.contextmanager
+def _problems(report: Report, estimate: str = '') -> Iterator[None]:
+    """A user's mistake becomes a line of the report; so does any error of an estimate, which parts from outside this
+    package may not allow."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        text = ' '.join(text.split())
+        if estimate:
+            report.warnings.append(f'{estimate} could not be estimated: {type(error).__name__}: {text[:200]}')
+        elif not isinstance(error, USER_ERRORS):
+            raise
+        elif text not in report.problems:
+            report.problems.append(text)
+
+
+def format_report(report: Report) -> str:
+    """The report as lines for a terminal."""
+    missing = [name for name, version in report.versions.items() if version == 'not installed']
+    lines = [report.config, '', 'versions']
+    lines.append('  ' + ', '.join(f'{n} {v}' for n, v in report.versions.items() if n not in missing))
+    lines += [f'  not installed: {", ".join(missing)}'] * bool(missing) + [f'  {report.device}']
+    if report.recipe:
+        rows = {**report.recipe, **({'attention': report.attention} if report.attention else {})}
+        lines += ['', 'recipe', *_table([[name, text] for name, text in rows.items()])]
+    if report.parts:
+        lines += ['', 'memory of one GPU, estimated', *_table(_memory_rows(report))]
+    if report.phases:
+        lines += ['', 'memory that a network call adds while it lasts', *_table(
+            [[name, _size(value)] for name, value in report.activations.items()])]
+        lines += ['', 'memory that an iteration adds, phase by phase', *_table(
+            [[name, _size(value)] for name, value in report.phases.items()])]
+        lines.append(f'  at most {_size(report.resident)} + {_size(max(report.phases.values()))} = '
+                     f'{_size(report.peak)} at a time, and what CUDA and the allocator take')
+    if report.checkpoint:
+        lines.append(f'  a checkpoint on disk: {_size(report.checkpoint)}')
+    if report.calls is not None:
+        lines += ['', 'network calls of one iteration, expected', *_call_lines(report.calls)]
+    lines += ['', *(f'problem: {text}' for text in report.problems), *(f'note: {text}' for text in report.warnings)]
+    if not report.problems:
+        lines.append('no problem found')
+    return '\n'.join(lines)
+
+
+def _memory_rows(report: Report) -> List[List[str]]:
+    rows = [['', 'parameters', 'dtype', 'weights', 'optimizer', 'EMA', 'gradients', '']]
+    for part in report.parts:
+        sizes = (part.weights, part.optimizer, part.ema, part.gradients)
+        rows.append([ROLES.get(part.name, part.name), _billions(part.parameters), part.dtype if part.parameters else '',
+                     *(_size(n) if n else '' for n in sizes), part.note])
+    sums = (sum(getattr(part, key) for part in report.parts) for key in ('weights', 'optimizer', 'ema'))
+    return [*rows, ['together', '', '', *(_size(n) if n else '' for n in sums)]]
+
+
+def _call_lines(calls: Calls) -> List[str]:
+    rows = [['', 'calls', 'samples']]
+    for (role, grad), n in calls.calls.items():
+        name = f'{ROLES.get(role, role)} {"with" if grad else "without"} gradient'
+        rows.append([name, f'{n:.2f}', f'{calls.samples[role, grad]:.1f}'])
+    lines = _table(rows)
+    if calls.rollout:
+        lines.append(f'  rollout: {calls.rollout:.2f} calls in sequence, {calls.anchor:.2f} a sample')
+    return [*lines, f'  {calls.equivalents:.2f} forward passes a sample, {calls.equivalents * calls.cycle:.2f} a '
+            'student step (a call with gradient counts with its backward pass)']
+
+
+def _table(rows: List[List[str]]) -> List[str]:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    return ['  ' + '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _size(nbytes: float) -> str:
+    return f'{nbytes / 2**30:.1f} GiB' if nbytes >= 2**30 / 10 else f'{nbytes / 2**20:.1f} MiB'
+
+
+def _billions(count: int) -> str:
+    return '' if not count else f'{count / 1e9:.2f} B' if count >= 1e8 else f'{count / 1e6:.2f} M'
+
+
+def _numbers(values: Sequence[float]) -> str:
+    texts = [f'{v:.4g}' for v in values]
+    return '[' + ', '.join(texts if len(texts) <= 8 else [*texts[:3], '...', texts[-1]]) + ']'

@@ -1,0 +1,19 @@
+# FLUX.1-dev at 1024x1024 pixels, student and fake score as LoRA adapters of one frozen base, which is also the teacher.
+# `config` is what the pretrained network must have: checked when it is loaded, and `cdm doctor` counts by it.
+#
+# The network is guidance-distilled: its velocity already carries the guidance that it is told (3.5), so that CA adds
+# little to it. alpha = 1 is a true guidance scale of 2.
+model = dict(
+    backbone=dict(
+        type='FluxBackbone',
+        pretrained='black-forest-labs/FLUX.1-dev',
+        config=dict(
+            in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
+            joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=[16, 56, 56]),
+        dtype='bfloat16',
+        conditioner=dict(dtype='bfloat16', offload=True)),
+    lora=dict(rank=64, alpha=128),
+    sample_sigmas=[1.0, 0.75, 0.5, 0.25],
+    alpha=1.0,
+    image_size=1024,
+    activation_checkpointing=True)

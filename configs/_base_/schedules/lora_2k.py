@@ -1,0 +1,3 @@
+_base_ = './lora_4k.py'
+
+train_cfg = dict(max_iters=2000)

@@ -1,0 +1,146 @@
+"""The shipped recipes: their names, the published numbers in them, and that they train."""
+import math
+import re
+
+import pytest
+import torch
+from mmengine.runner import Runner
+from recipes import FLUX_LORA, LONGCAT, LONGCAT_LORA, SD3, SD3_LORA, report_of, shipped
+from tiny_pipelines import save_tiny_flux, save_tiny_longcat, save_tiny_sd3
+
+from cdm_plugin.config import RECIPES, load_config
+from cdm_plugin.doctor import Report
+from cdm_plugin.doctor.meta import build_on_meta
+
+METHODS = {'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD', 'dmd2': 'DMD2', 'teacher': 'FlowMatching'}
+DISTILLATION = [name for name in shipped() if 'teacher' not in name]
+LARGE = [name for name in shipped() if not name.startswith('digits/')]
+# The folder's architecture.
+BACKBONES = dict(digits='SD3Backbone', sd3='SD3Backbone', longcat='LongCatImageBackbone', flux='FluxBackbone')
+
+
+def test_every_architecture_has_its_recipes():
+    methods = ('cdm', 'cdm-consistent', 'cdm_lora', 'decoupled-dmd', 'dmd2')
+    expected = {f'sd3/{m}_sd3-medium' for m in methods} | {f'longcat/{m}_longcat-image' for m in methods}
+    assert {re.split(r'_[18]xb', name)[0] for name in LARGE} == expected | {'flux/cdm_lora_flux-dev'}
+
+
+@pytest.mark.parametrize('recipe', shipped())
+def test_a_recipe_is_what_its_name_says(recipe):
+    cfg = load_config(recipe)
+    folder, file = recipe.removesuffix('.py').split('/')
+    method, gpus, batch, steps, iterations = re.fullmatch(
+        r'([a-z0-9-]+)_(?:[a-z-]+_)?[a-z0-9-]+_(\d+)xb(\d+)(?:_(\d+)step)?_(\d+k?)', file).groups()
+    assert cfg.model.type == next(type for name, type in METHODS.items() if method.split('-consistent')[0] == name)
+    assert cfg.model.backbone.type == BACKBONES[folder]
+    assert cfg.train_dataloader.batch_size == int(batch)
+    assert cfg.train_cfg.max_iters == int(iterations.replace('k', '000'))
+    assert (cfg.model.get('lora') is not None) == ('_lora_' in file) and (int(gpus) > 1) == ('_8x' in file)
+    if steps is not None:
+        assert len(cfg.model.sample_sigmas) == int(steps)
+    assert [hook['type'] for hook in cfg.custom_hooks][:2] == ['CDMHook', 'SampleGridHook']
+
+
+@pytest.mark.parametrize('recipe, gpus, batch, iterations, student_steps', [
+    (SD3, 8, 16, 4000, 2000), (LONGCAT, 8, 8, 2000, 1000)], ids=['sd3', 'longcat'])
+def test_the_published_numbers(recipe, gpus, batch, iterations, student_steps):
+    """method.md, "Recipes of the published numbers"."""
+    cfg = load_config(recipe)
+    assert f'_{gpus}xb{batch}_' in recipe and cfg.train_dataloader.batch_size == batch
+    assert cfg.train_cfg.max_iters == iterations
+    for role, lr in (('student', 1e-5), ('fake', 5e-6)):
+        wrapper = cfg.optim_wrapper[role]
+        assert wrapper.optimizer.to_dict() == dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=1e-4,
+                                                   fused=True)
+        assert wrapper.clip_grad == dict(max_norm=1.0) and wrapper.get('accumulative_counts', 1) == 1
+        assert (wrapper.type, wrapper.dtype) == ('AmpOptimWrapper', 'bfloat16')
+        (warm_up,) = cfg.param_scheduler[role]
+        assert (warm_up.type, warm_up.begin, warm_up.end, warm_up.by_epoch) == ('LinearLR', 0, 100, False)
+    assert cfg.model.alpha == 7 and cfg.model.image_size == 1024
+    assert cfg.model.sample_sigmas == [1.0, 0.75, 0.5, 0.25]
+    assert cfg.model.activation_checkpointing and cfg.model.teacher_dtype == 'bfloat16'
+    assert cfg.model.backbone.conditioner == dict(dtype='bfloat16') and 'dtype' not in cfg.model.backbone
+    # Nothing else of the method is set: its defaults are the published recipe.
+    assert set(cfg.model) == {'type', 'backbone', 'sample_sigmas', 'alpha', 'image_size', 'teacher_dtype',
+                              'activation_checkpointing'}
+    resolved = report_of(recipe).recipe
+    assert resolved['iterations'] == f'{iterations:,}, {student_steps:,} student steps'
+    assert resolved['fake_merge'] == '0.001' and 'max_steps 28, low 0.25, high 0.95' in resolved['time grid']
+
+
+@pytest.mark.parametrize('folder', ['sd3', 'longcat'])
+def test_the_consistent_recipe_is_the_published_one_and_four_settings(folder):
+    (consistent,) = [name for name in LARGE if name.startswith(f'{folder}/cdm-consistent')]
+    published = load_config(consistent.replace('cdm-consistent', 'cdm'))
+    cfg = load_config(consistent)
+    assert cfg.model.pop('anchor_aware_fake') is True
+    assert cfg.model.pop('losses').to_dict() == dict(
+        ca=dict(sigma=dict(type='UniformSigma')),
+        cdm=dict(guided=True, point_sigma=dict(type='AnchorSigma')))
+    assert cfg.to_dict() == published.to_dict()
+    digits = load_config('digits/cdm_sd3-digits_1xb32_4step_800.py').model
+    assert digits.losses.to_dict() == load_config(consistent).model.losses.to_dict() and digits.anchor_aware_fake
+
+
+@pytest.mark.parametrize('recipe', DISTILLATION)
+def test_model_type_alone_swaps_methods(recipe):
+    options = {}
+    if recipe in LARGE:  # one block is enough to see that the settings fit
+        config = load_config(recipe).model.backbone.config
+        options = {f'model.backbone.config.{key}': 1 for key in ('num_layers', 'num_single_layers') if key in config}
+    for type, losses in (('CDM', {'ca', 'dm', 'cdm'}), ('DecoupledDMD', {'ca', 'dm'}), ('DMD2', {'dm'})):
+        cfg = load_config(recipe, {'model.type': type, **options})
+        method = build_on_meta(cfg.model.to_dict(), Report('', 1))
+        assert method.__class__.__name__ == type and set(method.losses) == losses
+        assert {loss.alpha for loss in method.losses.values()} == {cfg.model.alpha}
+
+
+@pytest.mark.parametrize('recipe', [name for name in LARGE if '_lora_' in name])
+def test_checkpoints_of_lora_recipes_lose_no_gradients(recipe):
+    cfg = load_config(recipe)
+    counts = {cfg.optim_wrapper[role].accumulative_counts for role in ('student', 'fake')}
+    assert counts == {4} and cfg.default_hooks.checkpoint.interval % (4 * math.lcm(2, 5)) == 0
+    assert cfg.model.backbone.dtype == 'bfloat16' and cfg.model.get('teacher_dtype') is None
+    # Ten times the published rates, in their ratio.
+    assert (cfg.optim_wrapper.student.optimizer.lr, cfg.optim_wrapper.fake.optimizer.lr) == (1e-4, 5e-5)
+    assert cfg.model.lora == dict(rank=64, alpha=128)
+
+
+@pytest.mark.parametrize('recipe', LARGE)
+def test_the_head_of_a_recipe_states_the_estimated_memory(recipe):
+    text = (RECIPES / recipe).read_text()
+    (stated,) = re.findall(r'^# About (\d+) GiB', text, re.M)
+    assert report_of(recipe).peak / 2**30 == pytest.approx(int(stated), rel=0.03)
+    assert 'estimated by `cdm doctor`, not run' in text
+    assert len(text.splitlines()) < 25
+
+
+@pytest.mark.parametrize('recipe, save, size', [
+    (SD3, save_tiny_sd3, 16), (SD3_LORA, save_tiny_sd3, 16), (LONGCAT, save_tiny_longcat, 64),
+    (LONGCAT_LORA, save_tiny_longcat, 64),
+    (FLUX_LORA, lambda folder: save_tiny_flux(folder, guidance_embeds=True), 16)],
+    ids=['sd3', 'sd3 lora', 'longcat', 'longcat lora', 'flux lora'])
+def test_a_recipe_trains_a_tiny_pipeline(recipe, save, size, tmp_path):
+    """The real recipe: another pretrained model, and what `config` states about it left out."""
+    save(tmp_path / 'pipeline')
+    (tmp_path / 'prompts.txt').write_text('a red fox\na lighthouse\ndogs and birds\n')
+    cfg = load_config(recipe, {
+        'model.backbone.pretrained': str(tmp_path / 'pipeline'), 'model.backbone.config': None,
+        'model.image_size': size, 'train_dataloader.batch_size': 2, 'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False,
+        'train_dataloader.dataset.ann_file': str(tmp_path / 'prompts.txt'), 'train_cfg.max_iters': 2,
+        'work_dir': str(tmp_path / 'run'), 'experiment_name': f'recipe-{recipe}-{tmp_path.name}'.replace('/', '-'),
+        'log_level': 'ERROR', 'custom_hooks.1.num_images': 1, 'custom_hooks.1.teacher_steps': 2,
+        'default_hooks.logger.interval': 1, 'model.time_grid': dict(max_steps=3)})
+    for role in ('student', 'fake'):
+        cfg.optim_wrapper[role].accumulative_counts = 1
+        cfg.param_scheduler[role] = []
+    runner = Runner.from_cfg(cfg)
+    before = {role: [p.detach().clone() for p in getattr(runner.model, role).parameters()]
+              for role in ('student', 'fake', 'teacher')}
+    runner.train()
+    assert runner.iter == 2
+    for role, weights in before.items():
+        moved = any(not torch.equal(p, q) for p, q in zip(getattr(runner.model, role).parameters(), weights))
+        assert moved == (role != 'teacher'), role
+    assert (tmp_path / 'run' / 'iter_2.pth').is_file() and any((tmp_path / 'run' / 'export').iterdir())
