@@ -18,16 +18,22 @@ SHEET_ROWS = 50
 def train(args: argparse.Namespace) -> None:
     """Trains a config with MMEngine's runner."""
     from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner
+    from mmengine.runner import FlexibleRunner, Runner
 
     from cdm_plugin.config import load_config
+    from cdm_plugin.engine.launch import is_lost_connection, start_processes, stop_processes
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
+    if args.launcher != 'none' and cfg.get('model_wrapper_cfg') is None and 'strategy' not in cfg:
+        raise ValueError("a run of several processes needs model_wrapper_cfg=dict(type='DistillationDataParallel') in "
+                         f'the config, or a strategy (--launcher {args.launcher})')
+    start_processes(args.launcher, cfg.get('env_cfg'))
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    stock = Runner if cfg.get('strategy') is None else FlexibleRunner
+    runner = stock.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     try:
         runner.train()
     except USER_ERRORS as error:
@@ -35,6 +41,12 @@ def train(args: argparse.Namespace) -> None:
         if done > 0:  # no mistake in the config: the traceback is needed
             raise RuntimeError(f'training stopped in iteration {done}') from error
         raise
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise RuntimeError('training stopped: another process of this run has ended or cannot be reached, and its own '
+                           'output says why; `cdm train --resume` goes on from the last checkpoint') from error
+    stop_processes()
 
 
 def sample(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from cdm_plugin.config import load_config
 from cdm_plugin.data.embedding_files import read_index
 from cdm_plugin.draws import stream
 from cdm_plugin.engine import StudentEMA
+from cdm_plugin.engine.shards import is_sharded
 from cdm_plugin.export import INDEX_FILE, missing_t5
 from cdm_plugin.images import SHEET_SIDE, save_pngs
 from cdm_plugin.methods import DiffusionModel
@@ -40,7 +41,8 @@ def load_method(source: str, checkpoint: Optional[str] = None, device: Optional[
     Args:
         source (str): A folder (an exported one, or any pipeline of an architecture that is registered), or a config (a
             path or the name of a shipped recipe).
-        checkpoint (str, optional): For a config: a checkpoint file, or a work directory whose latest one is taken.
+        checkpoint (str, optional): For a config: a checkpoint (a file, or a folder of shards), or a work directory
+            whose latest one is taken.
             Default: the weights that the model starts from.
         device (str, optional): Default: MMEngine's choice.
         image_size (int or tuple, optional): Pixels, one number or (height, width). Default: the model's own.
@@ -138,7 +140,7 @@ def _from_config(cfg: Config, checkpoint: Optional[str], encoders: bool) -> Diff
 
 def _read_checkpoint(checkpoint: str) -> Tuple[str, Dict[str, Any]]:
     path = checkpoint
-    if Path(checkpoint).is_dir():
+    if Path(checkpoint).is_dir() and not is_sharded(checkpoint):
         path = find_latest_checkpoint(checkpoint)
         if path is None:
             raise FileNotFoundError(f'the work directory {checkpoint!r} has no checkpoint (iter_*.pth)')

@@ -60,7 +60,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
     """Loads a checkpoint file without unpickling objects, because an object can run code when it is unpickled.
 
     Args:
-        filename (str): Path of the file; `~` is expanded.
+        filename (str): Path of the file, or of a folder of shards, whose weights are put together; `~` is expanded.
         map_location: As in :func:`torch.load`. Defaults to None.
 
     Returns:
@@ -71,6 +71,10 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
         RuntimeError: If the file is damaged, or holds objects and CDM_TRUST_CHECKPOINTS=1 is not set.
     """
     path = os.path.expanduser(filename)
+    if os.path.isdir(path):
+        from cdm_plugin.engine.shards import is_sharded, read_whole  # which needs MMEngine repaired
+        if is_sharded(path):
+            return read_whole(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f'There is no checkpoint {path}: check the path given on the command line, or '
                                 'load_from of the config')

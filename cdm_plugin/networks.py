@@ -3,7 +3,7 @@
 A role is a network of its own, or an adapter of a shared one (lora.py); nothing here depends on which.
 """
 import contextlib
-from typing import Any, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -92,15 +92,33 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return network.dtype if hasattr(network, 'dtype') else next(network.parameters()).dtype
 
 
+def full_weights(network: nn.Module) -> Dict[str, Tensor]:
+    """The weights of a network at full precision, by name, as far as this process keeps them: all of them or, under
+    a sharding engine, this rank's pieces, flat. After a change in place, call `refresh`."""
+    shards = getattr(network, 'weight_shards', None)
+    return dict(unwrap(network).named_parameters()) if shards is None else shards.weights
+
+
+def refresh(network: nn.Module) -> None:
+    """Brings changed `full_weights` into what the network computes with. Every rank must call it."""
+    shards = getattr(network, 'weight_shards', None)
+    if shards is not None:
+        shards.refresh()
+
+
 @torch.no_grad()
 def merge_weights(target: nn.Module, source: nn.Module, rate: float) -> None:
     """target = (1 - rate) target + rate source, for the parameters that both have.
+
+    Sharded networks merge piece by piece in float32 (a rate of 0.001 is lost in bfloat16); nothing is gathered.
 
     Args:
         target (nn.Module): The fake score's network.
         source (nn.Module): The student's network.
         rate (float): In [0, 1].
     """
-    source_weights = dict(unwrap(source).named_parameters())
-    pairs = [(p, source_weights[name]) for name, p in unwrap(target).named_parameters() if name in source_weights]
-    torch._foreach_lerp_([p for p, _ in pairs], [q.to(p.dtype) for p, q in pairs], rate)
+    source_weights = full_weights(source)
+    pairs = [(p, source_weights[name]) for name, p in full_weights(target).items() if name in source_weights]
+    if pairs:  # a rank may own no piece that both have
+        torch._foreach_lerp_([p for p, _ in pairs], [q.to(p.dtype) for p, q in pairs], rate)
+    refresh(target)

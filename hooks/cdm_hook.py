@@ -3,18 +3,18 @@ import warnings
 from typing import Any, Dict, List, Optional
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import MMSeparateDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
-from cdm_plugin.engine import StudentEMA
 from cdm_plugin.data import check_cache
+from cdm_plugin.engine import DistillationDataParallel, StudentEMA
 from cdm_plugin.methods import DiffusionModel
 from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
@@ -27,6 +27,20 @@ def method_of(runner: Any) -> DiffusionModel:
         raise TypeError(f'CDMHook works with the methods of cdm_plugin (model.type CDM, DecoupledDMD, DMD2, '
                         f'FlowMatching), but model.type is {type(model).__name__}')
     return model
+
+
+def seed_of(runner: Any) -> int:
+    """The run's seed, equal on every rank (with `randomness.diff_rank_seed` the ranks' own differ)."""
+    seed = [runner.seed]
+    broadcast_object_list(seed)
+    return seed[0]
+
+
+def batch_size_of(data: Any) -> int:
+    """Number of samples in a batch, as either of MMEngine's collate functions makes it."""
+    while isinstance(data, dict):
+        data = next(iter(data.values()))
+    return len(data)
 
 
 def check_resumed(saved: Dict[str, Any], model: Dict[str, Any]) -> None:
@@ -47,6 +61,10 @@ class CDMHook(Hook):
     attention kernel, a first look at the data, scalars that wait on the device until they are logged, and checkpoints
     of plain tensors.
 
+    In a run of several processes the logged scalars are means over the ranks, taken when they are logged; the histogram
+    of the anchors is that of rank 0. Seeds and batch sizes that differ between ranks would let their network calls
+    differ: the seed is rank 0's on every rank, and another batch size is an error.
+
     The average (`method.student_ema`) replaces the student's weights in validation and test, and is in every
     checkpoint under `student_ema`.
 
@@ -64,20 +82,32 @@ class CDMHook(Hook):
         self.anchor_sigmas: List[Tensor] = []
         # Whether the average belongs to the student's present weights: not before a checkpoint or training says so.
         self._ema_loaded = False
+        self._loaded_before_run = False
         self._swapped: Optional[contextlib.ExitStack] = None
         self._logs: List[Dict[str, Any]] = []
         self._log_intervals: List[int] = []
+        self._checkpoint_hooks: List[CheckpointHook] = []
+        self._batch_sizes: List[int] = []
+        self._batches_seen = False
 
     def before_run(self, runner: Any) -> None:
         """Hands over the seed and starts the EMA."""
-        if is_model_wrapper(runner.model):
-            raise ValueError("this version trains in one process: start without a launcher (launcher='none')")
         method = method_of(runner)
-        method.seed = runner.seed
-        self._ema_loaded = False
+        if isinstance(runner.model, MMSeparateDistributedDataParallel) and not isinstance(
+                runner.model, DistillationDataParallel):
+            raise ValueError(f"model_wrapper_cfg.type must be 'DistillationDataParallel', but is "
+                             f'{type(runner.model).__name__!r}')
+        method.seed = seed_of(runner)
         if isinstance(runner.optim_wrapper, OptimWrapperDict):  # a run without training has none
             method.autocast_dtype = getattr(runner.optim_wrapper['student'], 'dtype', None)
         method.set_attention(method.autocast_dtype, training=runner._train_loop is not None)
+        if self._loaded_before_run:  # FlexibleRunner loads before this
+            self._loaded_before_run = False
+        else:
+            self._start_ema(method)
+
+    def _start_ema(self, method: DiffusionModel) -> None:
+        self._ema_loaded = False
         if self.ema_decay is not None:
             method.student_ema = StudentEMA(method.student, self.ema_decay)
 
@@ -88,7 +118,7 @@ class CDMHook(Hook):
         if not isinstance(runner.optim_wrapper, OptimWrapperDict):
             raise ValueError("optim_wrapper needs constructor='DistillationOptimWrapperConstructor' and one entry a "
                              f'role: {", ".join(method.trained_roles)}')
-        method.seed = runner.seed  # a resume restores the seed of an unseeded run
+        method.seed = seed_of(runner)  # a resume restores the seed of an unseeded run
         if runner._resume and runner.cfg.get('randomness', {}).get('seed') is None:
             print_log('randomness.seed is not set: a resumed run draws its data in another order', 'current', level=30)
         # The student's schedule counts iterations, as MMEngine steps it, so it starts before the student's optimizer.
@@ -104,7 +134,10 @@ class CDMHook(Hook):
         """Scalars wait on the device until the logger wants them: MMEngine would wait for the device once a scalar in
         every iteration."""
         self._log_intervals = [hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)]
+        self._checkpoint_hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
         self._logs.clear()
+        self._batch_sizes.clear()
+        self._batches_seen = False
         method.log_sink = self._logs.append if self._log_intervals else None
 
     def after_train(self, runner: Any) -> None:
@@ -114,20 +147,28 @@ class CDMHook(Hook):
         method.log_sink = method.autocast_dtype = None
 
     def _logs_are_due(self, runner: Any, batch_idx: int) -> bool:
-        """Whether a LoggerHook, which comes later, reads them in this iteration."""
+        """Whether a LoggerHook or a CheckpointHook, which come later, reads them in this iteration."""
         return (any(self.every_n_inner_iters(batch_idx, interval) for interval in self._log_intervals)
+                or any(not hook.by_epoch and self.every_n_train_iters(runner, hook.interval)
+                       for hook in self._checkpoint_hooks)
                 or self.end_of_epoch(runner.train_dataloader, batch_idx) or self.is_last_train_iter(runner))
 
     def _flush_logs(self, runner: Any) -> None:
-        """Brings the waiting scalars to the host in one copy, and into MMEngine's history in their order."""
+        """Brings the waiting scalars to the host in one copy, and their means over the ranks into MMEngine's history,
+        in their order."""
         tensors = [value for logs in self._logs for value in logs.values() if isinstance(value, Tensor)]
         device = method_of(runner).device
         numbers = iter(torch.stack([t.detach().to(device, torch.float32).reshape(()) for t in tensors]).tolist()
                        if tensors else [])
-        for logs in self._logs:
-            for key, value in logs.items():
-                runner.message_hub.update_scalar(f'train/{key}', next(numbers) if isinstance(value, Tensor) else value)
+        own = [{key: next(numbers) if isinstance(value, Tensor) else value for key, value in logs.items()}
+               for logs in self._logs]
         self._logs.clear()
+        # As objects: a plug-in may log on one rank only.
+        everyones = all_gather_object(own) if get_world_size() > 1 else [own]
+        for i, logs in enumerate(own):
+            for key in logs:
+                values = [theirs[i][key] for theirs in everyones if key in theirs[i]]
+                runner.message_hub.update_scalar(f'train/{key}', sum(values) / len(values))
 
     @staticmethod
     def _check_data(runner: Any, method: DiffusionModel) -> None:
@@ -161,6 +202,20 @@ class CDMHook(Hook):
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Tells the method the iteration."""
         method_of(runner).iteration = runner.iter
+        if get_world_size() > 1:
+            self._batch_sizes.append(batch_size_of(data_batch))
+            if not self._batches_seen:  # later ones are looked at when the scalars are, to save messages
+                self._check_batch_sizes()
+
+    def _check_batch_sizes(self) -> None:
+        """The number of network calls is one of the largest anchor of all ranks, which every rank draws by itself: with
+        another batch size it draws others, and sharded runs would hang."""
+        self._batches_seen = True
+        for sizes in zip(*all_gather_object(self._batch_sizes)):
+            if len(set(sizes)) > 1:
+                raise ValueError('every rank needs the same train_dataloader.batch_size, but the ranks have batches of '
+                                 f'{list(sizes)} samples')
+        self._batch_sizes.clear()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Updates the EMA after a student step and collects the anchors' noise levels."""
@@ -168,6 +223,8 @@ class CDMHook(Hook):
         if method.student_updated and method.student_ema is not None:
             method.student_ema.update()
         if self._logs and self._logs_are_due(runner, batch_idx):
+            if get_world_size() > 1:
+                self._check_batch_sizes()
             self._flush_logs(runner)
         if method.anchor_sigma is not None:
             self.anchor_sigmas.append(method.anchor_sigma)
@@ -214,7 +271,7 @@ class CDMHook(Hook):
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Adds the EMA, and turns MMEngine's objects into tensors and plain data (torch's weights_only)."""
         method = method_of(runner)
-        if self._logs:
+        if self._logs and get_world_size() == 1:  # the other ranks are not here; for CheckpointHook nothing waits
             self._flush_logs(runner)
             checkpoint['message_hub'] = runner.message_hub.state_dict()
         if method.student_ema is not None:
@@ -234,6 +291,9 @@ class CDMHook(Hook):
         method = method_of(runner)
         if runner._resume and 'config' in checkpoint:
             check_resumed(checkpoint['config'].get('model', {}), runner.cfg.model)
+        if method.seed is None:  # before_run has not been
+            self._start_ema(method)
+            self._loaded_before_run = True
         if method.student_ema is not None and 'student_ema' in checkpoint:
             method.student_ema.load_state_dict(checkpoint['student_ema'])
             self._ema_loaded = True

@@ -14,6 +14,9 @@ from cdm_plugin.hooks.cdm_hook import method_of
 class PipelineExportHook(Hook):
     """Exports the student after training, see `cdm_plugin.export.export`; training goes on as if it had not.
 
+    In a run of several processes the first one exports; while training (`interval`) the others wait for it in their
+    next step, for `env_cfg.dist_cfg.timeout` seconds at most.
+
     An export that fails is logged as an error and stops nothing: the checkpoint is written before it.
 
     Args:
@@ -55,6 +58,10 @@ class PipelineExportHook(Hook):
         return Path(self.out_dir or Path(runner.work_dir, 'export'))
 
     def _export(self, runner: Any, folder: Path, iterations: int) -> None:
+        if hasattr(method_of(runner).student, 'weight_shards'):  # no rank has them whole
+            runner.logger.warning('the weights are sharded and are not exported while training: run `cdm export` with '
+                                  f'a checkpoint of {runner.work_dir}')
+            return
         if not is_main_process():
             return
         try:

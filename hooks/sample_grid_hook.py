@@ -18,7 +18,8 @@ from cdm_plugin.methods import DiffusionModel
 class SampleGridHook(Hook):
     """Draws what every role makes of the same noise: student, its EMA, teacher and fake score, one row each.
 
-    A run that collapses shows it here first; the losses may look healthy.
+    A run that collapses shows it here first; the losses may look healthy. Every rank draws, because a sharded network
+    needs them all, and the first one writes.
 
     Args:
         interval (int): Iterations between two grids; there is one before the first iteration too. Default 200.

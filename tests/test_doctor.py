@@ -463,7 +463,7 @@ def test_a_pretrained_model_that_cannot_be_downloaded_is_a_problem(monkeypatch):
 
 
 def test_several_gpus_are_a_problem_of_this_version():
-    assert 'one process' in diagnose(config(), gpus=2).problems[0]
+    assert 'model_wrapper_cfg' in diagnose(config(), gpus=2).problems[0]
 
 
 def test_memory_larger_than_the_gpu_is_a_problem(monkeypatch):

@@ -53,3 +53,20 @@ def recording_optimizers(method, lr=0.05):
     return RoleOptimWrapperDict(**{
         role: RecordingOptimWrapper(torch.optim.SGD(getattr(method, role).parameters(), lr=lr))
         for role in method.trained_roles})
+
+
+def same_bits(a, b, path=''):
+    """Asserts that two nested states hold the same bits."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same_bits(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same_bits(x, y, f'{path}[{i}]')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path

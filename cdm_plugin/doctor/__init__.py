@@ -171,8 +171,12 @@ def _attention(method: DiffusionModel, wrappers: Dict[str, Any]) -> str:
 
 def _check_surroundings(cfg: Config, report: Report) -> None:
     """Files, packages and processes."""
-    if report.gpus > 1:
-        report.problems.append(f'{report.gpus} GPUs: this version trains in one process, on one GPU')
+    if report.gpus > 1 and 'model_wrapper_cfg' not in cfg and 'strategy' not in cfg:
+        report.problems.append(f'{report.gpus} GPUs: the config needs '
+                               "model_wrapper_cfg=dict(type='DistillationDataParallel'), or a strategy that shards")
+    if report.gpus > 1 and 'strategy' in cfg:
+        report.warnings.append('the memory is that of whole copies of the networks: what the strategy shards is not '
+                               'in the estimate')
     dataset = cfg.get('train_dataloader', {}).get('dataset')
     for part in _dicts(dataset):
         root = part.get('data_root') or ''

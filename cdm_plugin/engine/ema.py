@@ -1,17 +1,19 @@
 """Moving average of the student's weights."""
 import contextlib
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from cdm_plugin.flow import full_precision
-from cdm_plugin.networks import unwrap
+from cdm_plugin.networks import full_weights, refresh, unwrap
 
 
 class StudentEMA:
     """Exponential moving average in float32 (a decay of 0.999 is lost in bfloat16 rounding), with the warm-up
     decay = min((1 + k) / (10 + k), max_decay) after the k-th student step.
+
+    Of a sharded network every rank averages its own pieces of the float32 weights.
 
     Args:
         network (nn.Module): The student's network; its trainable parameters are averaged.
@@ -24,8 +26,9 @@ class StudentEMA:
         self.network, self.max_decay, self.steps = network, max_decay, 0
         self.weights = {name: full_precision(p.detach()).clone() for name, p in self._parameters()}
 
-    def _parameters(self):
-        return [(name, p) for name, p in unwrap(self.network).named_parameters() if p.requires_grad]
+    def _parameters(self) -> List[Tuple[str, Tensor]]:
+        trained = {name for name, p in unwrap(self.network).named_parameters() if p.requires_grad}
+        return [(name, w) for name, w in full_weights(self.network).items() if name in trained]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -33,7 +36,8 @@ class StudentEMA:
         self.steps += 1
         decay = min((1 + self.steps) / (10 + self.steps), self.max_decay)
         pairs = [(self.weights[name], p.detach().to(self.weights[name])) for name, p in self._parameters()]
-        torch._foreach_lerp_([w for w, _ in pairs], [p for _, p in pairs], 1 - decay)
+        if pairs:  # a rank may own no piece
+            torch._foreach_lerp_([w for w, _ in pairs], [p for _, p in pairs], 1 - decay)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -57,6 +61,7 @@ class StudentEMA:
     def _write(self, weights: Dict[str, Tensor]) -> None:
         for name, p in self._parameters():
             p.copy_(weights[name])
+        refresh(self.network)
 
     def state_dict(self) -> Dict[str, Any]:
         """Tensors and plain data."""

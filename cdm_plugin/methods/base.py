@@ -165,6 +165,13 @@ class DiffusionModel(BaseModel):
     # Networks
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> None:
+        """DDP asks for this before anything else. Around the whole method it would wait forever for the gradients of
+        the role whose turn it is not, so MMEngine's default wrapper is refused here, by the key that is missing."""
+        raise ValueError("a run of several processes needs model_wrapper_cfg=dict(type='DistillationDataParallel') in "
+                         'the config')
+
+    @property
     def trained_roles(self) -> Tuple[str, ...]:
         """Roles with an optimizer."""
         return ('student',)

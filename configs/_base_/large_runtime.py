@@ -2,6 +2,7 @@
 # gigabytes (`cdm doctor` says how many), and an image of the sample grid takes seconds.
 _base_ = './default_runtime.py'
 
+model_wrapper_cfg = dict(type='DistillationDataParallel')  # for a launch of several processes
 default_hooks = dict(checkpoint=dict(interval=400, max_keep_ckpts=2))
 custom_hooks = [
     dict(type='CDMHook'),

@@ -1,8 +1,7 @@
 # CDM on LongCat-Image, the published recipe (arXiv 2605.06376): 8 GPUs x 8 prompts, 1,000 student steps.
 #
 # About 230 GiB a GPU (estimated by `cdm doctor`, not run): weights, gradients and AdamW's state of 6.3 B parameters in
-# float32, twice. On smaller GPUs they must be sharded; that, and training in more than one process, comes with the next
-# version. Until then, train by LoRA: cdm_lora_longcat-image_1xb4_4step_2k.py.
+# float32, twice. On smaller GPUs they must be sharded (README, "Several GPUs").
 _base_ = [
     '../_base_/large_runtime.py', '../_base_/models/longcat_image.py', '../_base_/datasets/prompts.py',
     '../_base_/schedules/distillation_2k.py'

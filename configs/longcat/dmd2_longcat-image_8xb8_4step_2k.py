@@ -2,8 +2,7 @@
 # it: 8 GPUs x 8 prompts. One student step every 5 iterations as in DMD2's paper makes 400; student_every=2 makes 1,000.
 #
 # About 230 GiB a GPU (estimated by `cdm doctor`, not run): weights, gradients and AdamW's state of 6.3 B parameters in
-# float32, twice. On smaller GPUs they must be sharded; that, and training in more than one process, comes with the next
-# version. Until then, train by LoRA: cdm_lora_longcat-image_1xb4_4step_2k.py.
+# float32, twice. On smaller GPUs they must be sharded (README, "Several GPUs").
 _base_ = [
     '../_base_/large_runtime.py', '../_base_/models/longcat_image.py', '../_base_/datasets/prompts.py',
     '../_base_/schedules/distillation_2k.py'

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from mmengine.registry import MODELS
-from test_training import same_bits
+from tests_support import same_bits
 from tiny_pipelines import save_tiny_sd3
 
 import cdm_plugin.hooks.pipeline_export_hook as module

@@ -10,26 +10,10 @@ import pytest
 import torch
 from recipes import CDM, DECOUPLED, DMD2, TEACHER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests_support import same_bits
 
 from cdm_plugin.cli import main
 from cdm_plugin.inference import load_method, sample_prompts
-
-
-def same_bits(a, b, path=''):
-    """Asserts that two nested states hold the same bits."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same_bits(a[key], b[key], f'{path}.{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            same_bits(x, y, f'{path}[{i}]')
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 @pytest.mark.parametrize('recipe, method', [(DMD2, 'CDM'), (CDM, 'DMD2'), (DECOUPLED, 'CDM'), (CDM, 'DecoupledDMD')])

@@ -279,6 +279,8 @@ def compiled_and_plain(**kwargs):
 
 def test_blocks_compile_whole_and_compute_the_same(tiny, monkeypatch):
     """Traced and differentiated as with inductor, and run eagerly: inductor needs a minute for these two blocks."""
+    if tiny.backbone.__name__ == 'FluxBackbone':
+        pytest.skip("LongCat-Image's blocks are the same")  # 13 seconds
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, 'compile',
                         lambda module, **kwargs: compile_module(module, **{**kwargs, 'backend': 'aot_eager'}))

@@ -1,0 +1,435 @@
+"""DeepSpeed under MMEngine's FlexibleRunner: one engine a trained role, partitioned frozen networks."""
+import contextlib
+import copy
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+import mmengine
+import torch
+from mmengine._strategy import BaseStrategy
+from mmengine.device import get_device
+from mmengine.dist import init_dist
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIMIZERS, STRATEGIES
+from mmengine.runner import CheckpointLoader
+from mmengine.runner.checkpoint import load_state_dict
+from torch import Tensor, nn
+
+from cdm_plugin.engine.launch import start_processes
+from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, RoleOptimWrapperDict
+from cdm_plugin.engine.shards import Shards, is_sharded, layout_of, read_common, read_pieces, read_whole, write
+from cdm_plugin.mmengine_compat import plain
+
+# Keys of DeepSpeed that would contradict the rest of the config, and where to say it instead.
+ELSEWHERE = dict(
+    gradient_clipping='optim_wrapper.<role>.clip_grad=dict(max_norm=...)',
+    gradient_accumulation_steps='optim_wrapper.<role>.accumulative_counts', optimizer='optim_wrapper.<role>.optimizer',
+    scheduler='param_scheduler', train_batch_size='train_dataloader.batch_size (of one process)',
+    fp16='strategy.bf16=dict(enabled=True): float16 overflows in these models', amp='strategy.bf16=dict(enabled=True)',
+    activation_checkpointing='model.activation_checkpointing')
+
+
+class EngineOptimWrapper(OptimWrapper):
+    """A role's optimizer inside its DeepSpeed engine, which also clips, reduces and accumulates.
+
+    Args:
+        engine (DeepSpeedEngine): The role's engine.
+        wrapper (OptimWrapper): What the config's optimizer wrapper would be without DeepSpeed.
+    """
+
+    def __init__(self, engine: Any, wrapper: OptimWrapper) -> None:
+        super().__init__(wrapper.optimizer, wrapper._accumulative_counts)
+        self.base_param_settings = wrapper.base_param_settings
+        self.engine, self.logs_norm = engine, bool(wrapper.clip_grad_kwargs)
+        self.grad_norm: Optional[Tensor] = None
+
+    def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
+        """Backward and, when enough has been accumulated, an optimizer step."""
+        self.backward(self.scale_loss(loss))
+        self.step()
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """The engine's backward; gradients are reduced when this is the last pass before a step."""
+        self._inner_count += 1
+        self.engine.set_gradient_accumulation_boundary(self.should_update())
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, **kwargs: Any) -> None:
+        """The engine's step, which does nothing before the accumulation is complete."""
+        self.engine.step()
+        if self.should_update() and self.logs_norm:
+            norm = self.engine.get_global_grad_norm()
+            self.grad_norm = None if norm is None else torch.as_tensor(norm)
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Nothing to do: the engine's step does it."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Nothing to do: the engine knows precision and synchronisation."""
+        yield
+
+
+@STRATEGIES.register_module()
+class DistillationDeepSpeedStrategy(BaseStrategy):
+    """Trains a method of this package with DeepSpeed's ZeRO, nothing in `model` or `optim_wrapper` changed.
+
+    Student and fake score have one engine each. Frozen networks are partitioned at stage 3, and whole below.
+    Checkpoints are folders (`cdm_plugin.engine.shards`) that another number of processes resumes too.
+
+    Example::
+
+        runner_type = 'FlexibleRunner'
+        strategy = dict(type='DistillationDeepSpeedStrategy', zero_optimization=dict(stage=3), bf16=dict(enabled=True))
+
+    Args:
+        config (dict or str, optional): DeepSpeed's config, or the path of its JSON file.
+        zero_optimization (dict, optional): DeepSpeed's section of that name; stage 1, 2 or 3, `offload_optimizer` and
+            `offload_param` to the CPU. Default: stage 2.
+        bf16 (dict, optional): `dict(enabled=True)` runs the networks in bfloat16 over float32 master weights. Default:
+            on if `optim_wrapper` has AmpOptimWrapper.
+        train_micro_batch_size_per_gpu (int, optional): Must be train_dataloader.batch_size. Default: that.
+        **kwargs: Other sections of DeepSpeed's config, and arguments of MMEngine's BaseStrategy.
+    """
+
+    def __init__(self, *, config: Union[None, str, Dict[str, Any]] = None,
+                 zero_optimization: Optional[Dict[str, Any]] = None, bf16: Optional[Dict[str, Any]] = None,
+                 train_micro_batch_size_per_gpu: Optional[int] = None, **kwargs: Any) -> None:
+        import_deepspeed()
+        own = ('work_dir', 'experiment_name', 'env_kwargs', 'log_kwargs', 'auto_scale_lr')
+        if isinstance(config, str):
+            config = json.loads(Path(config).read_text())
+        self.config = {**(config or {}), **{k: v for k, v in kwargs.items() if k not in own}}
+        for key, value in dict(zero_optimization=zero_optimization, bf16=bf16,
+                               train_micro_batch_size_per_gpu=train_micro_batch_size_per_gpu).items():
+            if value is not None:
+                self.config[key] = copy.deepcopy(value)
+        self.config.setdefault('zero_optimization', dict(stage=2))
+        self._check_config()
+        self.engines: Dict[str, Any] = {}
+        self.shards: Dict[str, Shards] = {}
+        self._frozen_engines: List[Any] = []
+        self._buffers: Dict[str, Tensor] = {}
+        super().__init__(**{k: v for k, v in kwargs.items() if k in own})
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return self.config['zero_optimization'].get('stage', 2)
+
+    def _check_config(self) -> None:
+        for key, instead in ELSEWHERE.items():
+            if self.config.get(key):
+                raise ValueError(f'strategy.{key} does not go with two engines: set {instead}')
+        zero = self.config['zero_optimization']
+        zero.setdefault('stage', 2)
+        if zero['stage'] not in (1, 2, 3):
+            raise ValueError(f'strategy.zero_optimization.stage must be 1, 2 or 3, but is {zero["stage"]!r}; without '
+                             "partitioning, use the plain Runner with model_wrapper_cfg=dict(type="
+                             "'DistillationDataParallel')")
+        for key in ('offload_optimizer', 'offload_param'):
+            device = (zero.get(key) or {}).get('device', 'none')
+            if device not in ('none', 'cpu'):
+                raise ValueError(f"strategy.zero_optimization.{key}.device must be 'cpu' or 'none', but is {device!r}")
+        if zero['stage'] < 3 and (zero.get('offload_param') or {}).get('device', 'none') != 'none':
+            raise ValueError(f'strategy.zero_optimization.offload_param needs stage=3, but stage={zero["stage"]}')
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from pydantic import ValidationError
+        try:
+            DeepSpeedZeroConfig(**zero)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f'strategy.zero_optimization.{".".join(map(str, first["loc"]))}: {first["msg"]}') from None
+
+    # Environment
+
+    def _setup_env(self, **kwargs: Any) -> None:
+        super()._setup_env(**kwargs)
+        if not torch.distributed.is_initialized():  # launcher='none'
+            os.environ.setdefault('LOCAL_RANK', '0')
+            torch.distributed.init_process_group('gloo' if get_device() == 'cpu' else 'nccl', rank=0, world_size=1,
+                                                 store=torch.distributed.HashStore())
+        # Whoever started the processes, DeepSpeed has to know them too.
+        import_deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)
+
+    def _setup_distributed(self, launcher: str, backend: str = 'nccl', **kwargs: Any) -> None:
+        start_processes(launcher, dict(dist_cfg=kwargs))
+        if not torch.distributed.is_initialized():
+            init_dist(launcher, backend, init_backend='deepspeed', **kwargs)
+
+    # Preparation
+
+    def prepare(self, model: Union[nn.Module, Dict[str, Any]], *, optim_wrapper: Any = None,
+                param_scheduler: Any = None, compile: Any = False,
+                dispatch_kwargs: Optional[Dict[str, Any]] = None) -> Any:
+        """Builds the model, its engines, optimizer wrappers and schedulers; without `optim_wrapper` (validation, test)
+        the model stays whole. Arguments as in MMEngine."""
+        if self._prepared:
+            return self._prepared_components()
+        self.dispatch_kwargs.update(dispatch_kwargs or {})
+        if compile:
+            raise ValueError('compile does not go with DistillationDeepSpeedStrategy: set model.backbone.compile=True')
+        model = self._init_model_weights(self.build_model(model))
+        device = torch.device(get_device())
+        if optim_wrapper is None:
+            self.model = model.to(device)
+        else:
+            self.optim_wrapper = self.build_optim_wrapper(optim_wrapper, model)
+            if not isinstance(self.optim_wrapper, RoleOptimWrapperDict):
+                raise ValueError("optim_wrapper needs constructor='DistillationOptimWrapperConstructor' and one entry "
+                                 'a role')
+            self._scale_lr()
+            self.model = self._partition(model, device)
+            self.optim_wrapper.initialize_count_status(self.model, 0, self.dispatch_kwargs.get('max_iters') or -1)
+        if param_scheduler is not None:
+            self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
+        self._prepared = True
+        return self._prepared_components()
+
+    def _build_param_scheduler(self, scheduler: Any, optim_wrapper: Any, default_args: Dict[str, Any]) -> List[Any]:
+        # MMEngine's takes keys out of the dict that it hands to the next role.
+        return super()._build_param_scheduler(scheduler, optim_wrapper, dict(default_args))
+
+    def _partition(self, model: nn.Module, device: torch.device) -> nn.Module:
+        wrappers = dict(self.optim_wrapper.items())
+        self._settle_precision(wrappers)
+        self._check_method(model, wrappers)
+        if 'fake' in wrappers:
+            same_layout(model, wrappers)
+        # Engines round buffers to bfloat16; a checkpoint keeps them as they were.
+        for role in wrappers:
+            network = getattr(model, role)
+            names = network.state_dict().keys()
+            self._buffers.update({f'{role}.{name}': b.detach().clone() for name, b in network.named_buffers()
+                                  if name in names})
+        self._place_frozen(model, device)
+        for role, wrapper in wrappers.items():
+            engine = self._initialize(getattr(model, role), self._engine_config(wrapper), wrapper.optimizer)
+            shards = Shards(engine)
+            engine.weight_shards = shards
+            self.engines[role], self.shards[role] = engine, shards
+            model._modules[role] = engine
+            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper)
+        self._check_merge(model)
+        return model
+
+    def _settle_precision(self, wrappers: Dict[str, OptimWrapper]) -> None:
+        amp = [isinstance(wrapper, AutocastOptimWrapper) for wrapper in wrappers.values()]
+        bf16 = self.config.setdefault('bf16', dict(enabled=any(amp)))
+        if any(amp) and not bf16.get('enabled'):
+            raise ValueError("optim_wrapper.*.type='AmpOptimWrapper' and strategy.bf16=dict(enabled=False) contradict "
+                             "each other: set type='OptimWrapper' to train in float32, or leave strategy.bf16 out")
+
+    def _check_method(self, model: nn.Module, wrappers: Dict[str, OptimWrapper]) -> None:
+        if getattr(model, 'lora', None) is not None and self.stage == 3:
+            raise ValueError('model.lora does not go with strategy.zero_optimization.stage=3: the adapters share a '
+                             'base that is not partitioned; set stage=2')
+        batch, own = (c.get('train_micro_batch_size_per_gpu') for c in (self.dispatch_kwargs, self.config))
+        if own not in (None, 'auto', batch):
+            raise ValueError(f'strategy.train_micro_batch_size_per_gpu={own}, but train_dataloader.batch_size={batch}: '
+                             'leave the former out')
+        for role, wrapper in wrappers.items():
+            clip = wrapper.clip_grad_kwargs or {}
+            if clip and (wrapper.grad_name != 'grad_norm' or clip.get('norm_type', 2) != 2):
+                raise ValueError(f'optim_wrapper.{role}.clip_grad={clip}: DeepSpeed clips by the 2-norm only, '
+                                 'dict(max_norm=...)')
+
+    def _engine_config(self, wrapper: Optional[OptimWrapper] = None) -> Dict[str, Any]:
+        """DeepSpeed's config of a role, or of a frozen network."""
+        config = copy.deepcopy(self.config)
+        config.update(
+            train_micro_batch_size_per_gpu=self.dispatch_kwargs.get('train_micro_batch_size_per_gpu') or 1,
+            gradient_accumulation_steps=1, zero_allow_untested_optimizer=True)
+        config.setdefault('steps_per_print', 10**12)
+        config.setdefault('zero_force_ds_cpu_optimizer', False)
+        if wrapper is not None:
+            config['gradient_accumulation_steps'] = wrapper._accumulative_counts
+            config['gradient_clipping'] = float((wrapper.clip_grad_kwargs or {}).get('max_norm', 0.0))
+        return config
+
+    @staticmethod
+    def _initialize(network: nn.Module, config: Dict[str, Any], optimizer: Any = None) -> Any:
+        deepspeed = import_deepspeed()
+        logging.getLogger('DeepSpeed').setLevel(logging.WARNING)
+        return deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+    def _place_frozen(self, model: nn.Module, device: torch.device) -> None:
+        """Frozen networks on the device: partitioned at stage 3, otherwise whole; in bfloat16 if the roles are."""
+        model._set_device(device)
+        model.backbone.to(device)
+        network = getattr(model, 'base', None)
+        if network is None:
+            network = getattr(model, 'teacher', None)
+        if network is not None:
+            bf16 = self.config['bf16'].get('enabled', False)
+            if bf16 and getattr(model.backbone, 'quantization', None) is None:
+                trained = {p for p in network.parameters() if p.requires_grad}  # a base holds the adapters as well
+                for tensor in (*network.parameters(), *network.buffers()):
+                    if tensor not in trained and tensor.is_floating_point():
+                        tensor.data = tensor.data.bfloat16()
+            if self.stage < 3:
+                network.to(device)
+            else:
+                self._partition_frozen(network)
+        for name, child in model.named_children():  # losses and the like
+            if name not in ('student', 'fake', 'teacher', 'base', 'backbone'):
+                child.to(device)
+
+    def _partition_frozen(self, network: nn.Module) -> None:
+        """Hooks on the network gather its weights block by block; it is called as before, gradients pass through."""
+        config = self._engine_config()
+        config['bf16'] = dict(enabled=next(network.parameters()).dtype == torch.bfloat16)
+        config['zero_optimization'].pop('offload_optimizer', None)
+        engine = self._initialize(network, config)
+        engine.eval()
+        self._frozen_engines.append(engine)
+
+    def _check_merge(self, model: nn.Module) -> None:
+        if not getattr(model, 'fake_merge', 0) or 'fake' not in self.shards:
+            return
+        student, fake = layout_of({k: self.shards[k] for k in ('student', 'fake')}).values()
+        if any(student.get(name) != place for name, place in fake.items()
+               if name in self.shards['student'].shapes):
+            raise ValueError('model.fake_merge needs the student and the fake score to be sharded alike: give '
+                             'optim_wrapper.student and .fake the same paramwise_cfg, or set '
+                             'strategy.zero_optimization.stage=3')
+
+    # Checkpoints
+
+    def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, save_param_scheduler: bool = True,
+                        extra_ckpt: Optional[Dict[str, Any]] = None, callback: Any = None) -> None:
+        """Writes a folder with every rank's pieces; arguments as in MMEngine."""
+        common = dict(extra_ckpt or {})
+        common['meta'] = dict(common.get('meta', {}), seed=self.seed, mmengine=mmengine.__version__,
+                              time=time.strftime('%Y%m%d_%H%M%S', time.localtime()))
+        if save_param_scheduler and hasattr(self, 'param_schedulers'):
+            common['param_schedulers'] = self.scheduler_state_dict()
+        if callback is not None:
+            callback(common)
+        own: Dict[str, Any] = dict(layout=layout_of(self.shards), weights={}, optimizer={})
+        if 'student_ema' in common:
+            own['student_ema'] = common.pop('student_ema')
+        for role, shards in self.shards.items():
+            own['weights'][role] = shards.weights
+            if save_optimizer:
+                own['optimizer'][role] = plain(shards.optimizer_state())
+        roles = tuple(f'{role}.' for role in self.shards)
+        rest = {k: v for k, v in self.model.state_dict().items() if not k.startswith(roles)}
+        common.update(state_dict={**rest, **self._buffers}, world_size=self.world_size,
+                      shapes={role: {n: list(s) for n, s in sh.shapes.items()} for role, sh in self.shards.items()})
+        write(Path(filename), self.rank, plain(common), own, torch.distributed.barrier)
+
+    def load_checkpoint(self, filename: str, *, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = (),
+                        callback: Any = None) -> Dict[str, Any]:
+        """Loads the weights of a folder of shards, or of a plain checkpoint."""
+        self.logger.info(f'Load checkpoint from {filename}')
+        if not self.shards:  # validation and test: the model is whole
+            state = read_whole(filename) if is_sharded(filename) else CheckpointLoader.load_checkpoint(filename, 'cpu')
+            load_state_dict(self.model, state['state_dict'], strict=True)
+        elif is_sharded(filename):
+            state = self._load_shards(filename, optimizer=False)
+        else:
+            state = self._load_plain(filename)
+        if callback is not None:
+            callback(state)
+        return state
+
+    def resume(self, filename: str, *, resume_optimizer: bool = True, resume_param_scheduler: bool = True,
+               map_location: Any = 'default', callback: Any = None) -> Dict[str, Any]:
+        """Resumes from a folder of shards; arguments as in MMEngine."""
+        self.logger.info(f'Resume checkpoint from {filename}')
+        if not is_sharded(filename):
+            raise ValueError(f'{filename!r} is no checkpoint of DistillationDeepSpeedStrategy (a folder of shards): to '
+                             'start from its weights, set load_from and leave resume out')
+        state = self._load_shards(filename, resume_optimizer)
+        if resume_param_scheduler and hasattr(self, 'param_schedulers'):
+            if 'param_schedulers' not in state:
+                raise ValueError(f'the checkpoint {filename!r} was saved without schedulers and optimizers (a best '
+                                 'one?): set load_from and leave resume out')
+            self.load_scheduler_state_dict(state.pop('param_schedulers'))
+        seed = state['meta'].get('seed')
+        if seed is not None and seed != self._randomness.get('seed'):
+            if self._randomness.get('seed') is not None:
+                self.logger.warning(f'randomness.seed={self._randomness["seed"]}, but the checkpoint has {seed}, which '
+                                    'is taken')
+            self._randomness.update(seed=seed)
+            self._set_randomness(**self._randomness)
+        self.optim_wrapper.initialize_count_status(
+            self.model, state['meta']['iter'], self.dispatch_kwargs.get('max_iters') or -1)
+        if callback is not None:
+            callback(state)
+        return state
+
+    def _load_shards(self, folder: str, optimizer: bool) -> Dict[str, Any]:
+        common = read_common(folder)
+        if common['world_size'] != self.world_size:
+            print_log(f'{folder} was written by {common["world_size"]} processes, these are {self.world_size}: its '
+                      'shards are cut anew; the data come in another order', 'current', level=logging.WARNING)
+        own = read_pieces(folder, common, self.rank, self.world_size, self.shards)
+        for role, shards in self.shards.items():
+            shards.load(own['weights'][role])
+            if optimizer:
+                if role not in own['optimizer']:
+                    raise ValueError(f'the checkpoint {folder!r} was saved without optimizers: set load_from and leave '
+                                     'resume out')
+                shards.load_optimizer_state(own['optimizer'][role])
+        if 'student_ema' in own:
+            common['student_ema'] = own['student_ema']
+        return common
+
+    def _load_plain(self, filename: str) -> Dict[str, Any]:
+        state = CheckpointLoader.load_checkpoint(filename, map_location='cpu', logger='silent')
+        weights = state['state_dict']
+        for role, shards in self.shards.items():
+            shapes = {name: tuple(weights[f'{role}.{name}'].shape) for name in shards.shapes
+                      if f'{role}.{name}' in weights}
+            if shapes != shards.shapes:
+                differ = sorted(k for k in shards.shapes if shapes.get(k) != shards.shapes[k])[:3]
+                raise ValueError(f'the checkpoint {filename} does not fit the config\'s model: {role} differs, for '
+                                 f'example {differ}')
+            shards.load({name: piece.cut(weights[f'{role}.{name}']) for name, piece in shards.pieces.items()})
+        if 'student_ema' in state:
+            ema = state['student_ema']['weights']
+            state['student_ema'] = dict(state['student_ema'], weights={
+                name: piece.cut(ema[name]) for name, piece in self.shards['student'].pieces.items()})
+        return state
+
+
+def same_layout(model: nn.Module, wrappers: Dict[str, OptimWrapper]) -> None:
+    """Moves the fake score's weights that the student lacks (those of an anchor-aware one) to parameter groups of
+    their own, at the end: stages 1 and 2 lay a group's weights end to end, so the others are then sharded alike."""
+    common = {name for name, _ in model.student.named_parameters()}
+    extra = {p for name, p in model.fake.named_parameters() if name not in common}
+    groups: List[Dict[str, Any]] = wrappers['fake'].optimizer.param_groups
+    split: Tuple[List[Dict[str, Any]], List[Dict[str, Any]]] = ([], [])
+    for group in groups:
+        for part, inside in zip(split, (False, True)):
+            params = [p for p in group['params'] if (p in extra) == inside]
+            if params:
+                part.append(dict(group, params=params))
+    groups[:] = split[0] + split[1]
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, which only this strategy needs; its optimizers are registered with it.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import deepspeed
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    except ImportError as error:
+        raise ImportError("strategy needs deepspeed: pip install 'cdm_plugin[scale]'") from error
+    if get_device() == 'cpu':
+        # Its first use compiles for a minute, for collectives within one machine that gloo does as well.
+        deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
+    for optimizer in (DeepSpeedCPUAdam, FusedAdam):
+        if optimizer.__name__ not in OPTIMIZERS:
+            OPTIMIZERS.register_module(module=optimizer)
+    return deepspeed

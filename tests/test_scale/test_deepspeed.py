@@ -1,0 +1,337 @@
+"""The DeepSpeed strategy: two processes on the CPU against one process without it."""
+import copy
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('deepspeed')
+
+from mmengine.config import Config  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
+from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner  # noqa: E402
+from scale_support import Workers, launch  # noqa: E402
+from tests_support import perturb, tiny_backbone  # noqa: E402
+
+from cdm_plugin.draws import Draws  # noqa: E402
+from cdm_plugin.engine import DistillationDeepSpeedStrategy  # noqa: E402
+from cdm_plugin.export import export  # noqa: E402
+from cdm_plugin.inference import load_method, sample_prompts  # noqa: E402
+from cdm_plugin.networks import merge_weights  # noqa: E402
+
+GLOBAL_BATCH = 4
+CYCLES = 10
+
+
+def config(work_dir, world_size=1, iters=2 * CYCLES, strategy=None, accumulate=1, **model):
+    """A short run of the tiny SD3, in one process or, with a strategy, in several."""
+    wrapper = dict(optimizer=dict(type='AdamW', lr=1e-2), clip_grad=dict(max_norm=0.5),
+                   accumulative_counts=accumulate)
+    cfg = dict(
+        model=dict(type='CDM', backbone=tiny_backbone(), anchor_aware_fake=True, fake_merge=0.05, **model),
+        optim_wrapper=dict(constructor='DistillationOptimWrapperConstructor', student=copy.deepcopy(wrapper),
+                           fake=copy.deepcopy(wrapper)),
+        param_scheduler=dict(student=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10)],
+                             fake=[dict(type='ConstantLR', factor=0.5, by_epoch=False, begin=0, end=4)]),
+        train_dataloader=dict(
+            batch_size=GLOBAL_BATCH // world_size, num_workers=0, sampler=dict(type='InfiniteSampler', shuffle=False),
+            dataset=dict(type='LabelDataset', num_classes=3, length=24)),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=iters),
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False),
+            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=8, max_keep_ckpts=-1)),
+        custom_hooks=[dict(type='CDMHook', ema_decay=0.9)],
+        log_processor=dict(by_epoch=False, window_size=1), log_level='WARNING', randomness=dict(seed=0),
+        work_dir=str(work_dir), default_scope='mmengine', experiment_name=f'run{os.urandom(4).hex()}')
+    if strategy is not None:
+        cfg.update(strategy=dict(type='DistillationDeepSpeedStrategy', **strategy),
+                   launcher='pytorch' if world_size > 1 else 'none')
+    return Config(cfg)
+
+
+def share_draws(method, rank, world_size):
+    """Makes a method draw what one process would for the whole batch, and keep its rows (those of InfiniteSampler)."""
+
+    def part(value):
+        return value[rank::world_size]
+
+    def sample_draws(batch):
+        draws = Draws.sample(
+            seed=method.seed, rank=0, iteration=method.iteration, shape=method.latent_shape(batch * world_size),
+            time_grid=method.time_grid, fake_sigma=method.fake_sigma,
+            losses=method.losses if method.is_student_turn() else {}, shift=method.shift)
+        losses = {name: {key: part(value) for key, value in drawn.items()} for name, drawn in draws.losses.items()}
+        own = dataclasses.replace(
+            draws, anchor=part(draws.anchor), noise=part(draws.noise), fake_sigma=part(draws.fake_sigma),
+            fake_noise=part(draws.fake_noise), losses=losses, moving=None)
+        return own.to(method.device, method.math_dtype)
+
+    method.sample_draws = sample_draws
+
+
+def build(cfg, world_size=1, rank=0, share=True):
+    """The runner, whose model has perturbed networks and draws its share of the global batch."""
+    torch.manual_seed(0)
+    method = MODELS.build(cfg.model)
+    for role in ('teacher', 'student', 'fake'):
+        perturb(getattr(method, role))
+    if share:
+        share_draws(method, rank, world_size)
+    cls = FlexibleRunner if 'strategy' in cfg else Runner
+    return cls(**{**cfg, 'model': method}, cfg=cfg)
+
+
+def checkpoint(path):
+    """A checkpoint with whole weights, wherever it comes from."""
+    return CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def logged(runner):
+    """Losses of every iteration."""
+    return {key: list(buffer.data[0]) for key, buffer in runner.message_hub.log_scalars.items() if '/loss' in key}
+
+
+# The work_dir's name and the strategy of every run that is compared with the one in a single process. The threshold
+# partitions some weights, and leaves small ones whole, as real networks have it.
+STRATEGIES = dict(
+    stage1=dict(zero_optimization=dict(stage=1)),
+    stage2=dict(zero_optimization=dict(stage=2)),
+    stage3=dict(zero_optimization=dict(stage=3, stage3_param_persistence_threshold=100)),
+    offload2=dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device='cpu'))),
+    offload3=dict(zero_optimization=dict(stage=3, offload_optimizer=dict(device='cpu'),
+                                         offload_param=dict(device='cpu'))))
+
+
+def train(work_dir, strategy, resume=False, build=build, **options):
+    """One process of a run; its losses."""
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    cfg = config(work_dir, world_size, strategy=strategy, **options)
+    cfg.resume = resume
+    runner = build(cfg, world_size, int(os.environ.get('RANK', 0)))
+    runner.train()
+    return logged(runner)
+
+
+def train_all(root, names):
+    """Several strategies; their losses by name."""
+    return {name: train(f'{root}/{name}', STRATEGIES[name]) for name in names}
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """The folder of all runs, and their losses by rank and name."""
+    root = tmp_path_factory.mktemp('runs')
+    single = build(config(root / 'single'))
+    single.train()
+    # Sums over unaligned memory differ in the last bit, so what is compared to the bit comes first in its process.
+    first = launch(train_all, str(root), ['stage2'])
+    rest = launch(train_all, str(root), ['stage3', 'stage1', 'offload2', 'offload3'])
+    return root, logged(single), [{**a, **b} for a, b in zip(first, rest)]
+
+
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_same_training_as_in_one_process(runs, name):
+    """Weights of both roles (fake merge included), EMA and losses after 10 cycles, clipped, with schedules."""
+    root, losses, logs = runs
+    a, b = (checkpoint(root / run / 'iter_20.pth') for run in ('single', name))
+    assert a['state_dict'].keys() == b['state_dict'].keys()
+    for key, weight in a['state_dict'].items():
+        assert torch.allclose(weight, b['state_dict'][key], rtol=0, atol=1e-5), key
+    assert a['student_ema']['steps'] == b['student_ema']['steps'] == CYCLES
+    for key, weight in a['student_ema']['weights'].items():
+        assert torch.allclose(weight, b['student_ema']['weights'][key], rtol=0, atol=1e-5), key
+    for own in logs:
+        assert own[name].keys() == losses.keys()
+        for key, values in losses.items():
+            assert own[name][key] == pytest.approx(values, abs=1e-5), key
+
+
+def same_pieces(a, b):
+    """Asserts that two folders hold the same bits on every rank."""
+    for rank in range(2):
+        x, y = (torch.load(folder / f'rank_{rank}.pth', weights_only=True) for folder in (a, b))
+        same_bits(x, y)
+    x, y = (torch.load(folder / 'common.pth', weights_only=True) for folder in (a, b))
+    same_bits(x['param_schedulers'], y['param_schedulers'])
+
+
+def same_bits(a, b, path=''):
+    """Asserts that two nested states hold the same bits."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same_bits(a[key], b[key], f'{path}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same_bits(x, y, f'{path}[{i}]')
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def test_resumed_run_ends_in_the_same_bits(runs):
+    """Weights, EMA, optimizers and schedulers, on every rank; stage 3 is below, with a kill."""
+    root = runs[0]
+    launch(train, str(root / 'resumed'), STRATEGIES['stage2'], resume=str(root / 'stage2/iter_8.pth'))
+    same_pieces(root / 'stage2/iter_20.pth', root / 'resumed/iter_20.pth')
+
+
+def test_method_loads_from_shards_in_one_process(runs, tmp_path):
+    root = runs[0]
+    cfg = config(tmp_path)
+    cfg.dump(str(tmp_path / 'config.py'))
+    method = load_method(str(tmp_path / 'config.py'), str(root / 'stage3/iter_20.pth'), device='cpu')
+    single = checkpoint(root / 'single/iter_20.pth')
+    for name, weight in method.student.named_parameters():
+        assert torch.allclose(weight, single['state_dict'][f'student.{name}'], rtol=0, atol=1e-5)
+        assert torch.allclose(method.student_ema.weights[name], single['student_ema']['weights'][name], atol=1e-5)
+    export(method, tmp_path / 'shards', config=cfg)
+    single = load_method(str(tmp_path / 'config.py'), str(root / 'single'), device='cpu')
+    export(single, tmp_path / 'single', config=cfg)
+    a, b = (load_method(str(tmp_path / name), device='cpu') for name in ('shards', 'single'))
+    noise = torch.randn(a.latent_shape(2))
+    assert torch.allclose(sample_prompts(a, [0, 1], noise), sample_prompts(b, [0, 1], noise), atol=1e-4)
+
+
+def train_alone(root, out):
+    """Goes on from two processes' checkpoint, and starts from one that knows no shards without changing anything."""
+    train(f'{out}/resumed', STRATEGIES['stage2'], resume=f'{root}/stage3/iter_8.pth')
+    cfg = config(f'{out}/loaded', strategy=STRATEGIES['stage3'], iters=1)
+    cfg.model.fake_merge, cfg.load_from = 0, f'{root}/single/iter_20.pth'
+    cfg.optim_wrapper.fake.optimizer.lr = cfg.optim_wrapper.student.optimizer.lr = 0
+    build(cfg).train()
+
+
+def test_other_world_size_and_stage_cut_the_shards_anew(runs, tmp_path):
+    """From two processes at stage 3 to one at stage 2, which goes on as one process always did."""
+    root = runs[0]
+    resumed = tmp_path / 'resumed'
+    launch(train_alone, str(root), str(tmp_path), world_size=1)
+    a, b = (checkpoint(folder / 'iter_20.pth') for folder in (root / 'single', resumed))
+    for key, weight in a['state_dict'].items():
+        assert torch.allclose(weight, b['state_dict'][key], rtol=0, atol=1e-5), key
+    same_bits(dict(checkpoint(tmp_path / 'loaded/iter_1.pth')['state_dict']), dict(a['state_dict']))
+
+
+def build_apart(cfg, world_size, rank):
+    """The ranks' own draws and other data, and the grid of samples."""
+    cfg.custom_hooks.append(dict(type='SampleGridHook', interval=4, num_images=3, teacher_steps=2))
+    cfg.train_dataloader.dataset.num_classes = 3 if rank else 1
+    return build(cfg, world_size, rank, share=False)
+
+
+def check_pieces(method):
+    """A merge and a swapped-in EMA act on float32 pieces, and reach what the networks compute with."""
+
+    def seen(engine, name, piece):
+        parameter = dict(engine.module.named_parameters())[name]
+        whole = parameter.ds_tensor if hasattr(parameter, 'ds_tensor') else parameter[...].flatten()[piece.start:]
+        return whole.flatten()[:piece.numel].float()
+
+    def check(engine, expected):
+        for name, piece in engine.weight_shards.pieces.items():
+            assert torch.equal(engine.weight_shards.weights[name], expected[name]), name
+            assert torch.equal(seen(engine, name, piece), expected[name].bfloat16().float()), name
+
+    student, fake = ({name: w.clone() for name, w in engine.weight_shards.weights.items()}
+                     for engine in (method.student, method.fake))
+    merge_weights(method.fake, method.student, 0.001)
+    check(method.fake, {name: w.lerp(student[name], 0.001) if name in student else w for name, w in fake.items()})
+    with method.student_ema.applied():
+        check(method.student, method.student_ema.weights)
+    check(method.student, student)
+
+
+def train_variants(root):
+    """bfloat16, and LoRA with accumulated gradients, a few iterations each."""
+    for stage in ('stage1', 'stage3'):
+        cfg = config(f'{root}/bf16_{stage}', 2, 8, dict(STRATEGIES[stage], bf16=dict(enabled=True)))
+        runner = build(cfg, 2, int(os.environ['RANK']))
+        runner.train()
+        check_pieces(runner.model)
+    train(f'{root}/lora', STRATEGIES['stage2'], iters=8, accumulate=2, lora=dict(rank=2))
+    # Ranks that have nothing in common but the networks: other data, their own draws, and the grid of samples.
+    train(f'{root}/apart', STRATEGIES['stage3'], iters=8, build=build_apart)
+
+
+@pytest.fixture(scope='module')
+def variants(tmp_path_factory):
+    """The folder of the runs of `train_variants`; the watchdog's time is that of a machine with other work to do."""
+    root = tmp_path_factory.mktemp('variants')
+    launch(train_variants, str(root), timeout=120)
+    return root
+
+
+@pytest.mark.parametrize('name, options, tolerance', [
+    ('bf16_stage1', {}, 0.05), ('bf16_stage3', {}, 0.05), ('lora', dict(accumulate=2, lora=dict(rank=2)), 1e-5)])
+def test_bfloat16_and_lora_with_accumulation(variants, tmp_path, name, options, tolerance):
+    build(config(tmp_path, iters=8, **options)).train()
+    expected, state = checkpoint(tmp_path / 'iter_8.pth'), checkpoint(variants / name / 'iter_8.pth')
+    assert expected['state_dict'].keys() == state['state_dict'].keys()
+    for key, weight in expected['state_dict'].items():
+        assert state['state_dict'][key].dtype == torch.float32
+        assert torch.allclose(state['state_dict'][key], weight, rtol=0, atol=tolerance), key
+
+
+def test_ranks_with_other_data_and_draws_do_not_hang(variants):
+    assert (variants / 'apart/iter_8.pth/rank_1.pth').is_file()
+
+
+def test_killed_rank_ends_the_job_and_the_last_checkpoint_resumes(runs, tmp_path):
+    root = runs[0]
+    code = (f'import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}; '
+            f'from test_deepspeed import STRATEGIES, train; train({str(tmp_path)!r}, STRATEGIES["stage3"], iters=20)')
+    with Workers(['-c', code]) as workers:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / 'last_checkpoint').exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers.kill(1)
+        statuses = workers.wait(30)
+        assert statuses[0] not in (0, None)
+        assert 'Error' in workers.text(0)
+    assert (tmp_path / 'iter_8.pth/common.pth').is_file() and not (tmp_path / 'iter_20.pth').exists()
+    launch(train, str(tmp_path), STRATEGIES['stage3'], resume=True)
+    same_pieces(root / 'stage3/iter_20.pth', tmp_path / 'iter_20.pth')
+
+
+@pytest.mark.parametrize('strategy, options, part', [
+    (dict(zero_optimization=dict(stage=4)), {}, 'stage must be 1, 2 or 3'),
+    (dict(zero_optimization=dict(stage=2, offload_param=dict(device='cpu'))), {}, 'needs stage=3'),
+    (dict(zero_optimization=dict(stage=3, offload_param=dict(device='nvme'))), {}, 'offload_param.device'),
+    (dict(zero_optimization=dict(stage=2, reduce_buckets=1)), {}, 'strategy.zero_optimization.reduce_buckets'),
+    (dict(gradient_clipping=1.0), {}, 'optim_wrapper.<role>.clip_grad'),
+    (dict(fp16=dict(enabled=True)), {}, 'strategy.bf16'),
+    (dict(train_micro_batch_size_per_gpu=3), {}, 'train_dataloader.batch_size=4'),
+    (dict(zero_optimization=dict(stage=3)), dict(lora=dict(rank=2)), 'set stage=2')])
+def test_mistakes_are_one_line(strategy, options, part, tmp_path):
+    with pytest.raises(ValueError) as error:
+        build(config(tmp_path, strategy=strategy, **options)).train()
+    assert part in str(error.value) and '\n' not in str(error.value)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_without_deepspeed_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'deepspeed', None)
+    with pytest.raises(ImportError, match=r"strategy needs deepspeed: pip install 'cdm_plugin\[scale\]'"):
+        DistillationDeepSpeedStrategy()
+
+
+@pytest.mark.parametrize('break_it, part', [
+    (lambda folder: (folder / 'rank_1.pth').unlink(), 'has no rank_1.pth'),
+    (lambda folder: (folder / 'rank_1.pth').write_bytes(b'PK'), 'is damaged'),
+    (lambda folder: torch.save(dict(format='other'), folder / 'common.pth'), 'has the format')])
+def test_damaged_shards_are_refused_by_name(runs, break_it, part, tmp_path):
+    folder = tmp_path / 'iter_8.pth'
+    shutil.copytree(runs[0] / 'stage3/iter_8.pth', folder)
+    break_it(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=part):
+        checkpoint(folder)
