@@ -194,7 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('source', help='a config file, a shipped recipe, or an exported LoRA folder (with --fuse)')
     command.add_argument('--checkpoint', help='for a config: a checkpoint or a work directory')
     command.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
-    command.add_argument('--dtype', choices=['float32', 'bfloat16'], help="of the files; default: the network's own")
+    command.add_argument('--dtype', choices=['float32', 'bfloat16'],
+                         help="of the files; default: the network's own, float32 with --fuse")
     command.add_argument('--fuse', action='store_true', help='a whole pipeline, the adapters added to its weights')
     command.add_argument('--prompts', nargs='+', help='images of these for the model card; or a file of prompts')
     command.add_argument('--out', required=True, help='folder to write')
