@@ -16,7 +16,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner  # noqa: E402
 from scale_support import Workers, launch  # noqa: E402
-from tests_support import perturb, tiny_backbone  # noqa: E402
+from tests_support import perturb, same_bits, tiny_backbone  # noqa: E402
 
 from cdm_plugin.draws import Draws  # noqa: E402
 from cdm_plugin.engine import DistillationDeepSpeedStrategy  # noqa: E402
@@ -158,23 +158,6 @@ def same_pieces(a, b):
         same_bits(x, y)
     x, y = (torch.load(folder / 'common.pth', weights_only=True) for folder in (a, b))
     same_bits(x['param_schedulers'], y['param_schedulers'])
-
-
-def same_bits(a, b, path=''):
-    """Asserts that two nested states hold the same bits."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same_bits(a[key], b[key], f'{path}.{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            same_bits(x, y, f'{path}[{i}]')
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 def test_resumed_run_ends_in_the_same_bits(runs):
