@@ -19,7 +19,7 @@ CORE = [
 EXTRAS = {
     'scale': ['deepspeed>=0.18', 'xformers>=0.0.33'],
     'quantization': ['bitsandbytes>=0.45'],
-    'test': ['pytest>=8', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
+    'test': ['pytest>=8', 'pytest-xdist>=3.6', 'deepspeed>=0.18', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.

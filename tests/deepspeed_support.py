@@ -22,7 +22,8 @@ def config(work_dir, world_size=1, iters=2 * CYCLES, strategy=None, accumulate=1
     wrapper = dict(optimizer=dict(type='AdamW', lr=1e-2, eps=1e-4), clip_grad=dict(max_norm=0.5),
                    accumulative_counts=accumulate)
     cfg = dict(
-        model={**dict(type='CDM', backbone=tiny_backbone(), anchor_aware_fake=True, fake_merge=0.05), **model},
+        model={**dict(type='CDM', backbone=tiny_backbone(), anchor_aware_fake=True, fake_merge=0.05,
+                     time_grid=dict(max_steps=6)), **model},
         optim_wrapper=dict(constructor='DistillationOptimWrapperConstructor', student=copy.deepcopy(wrapper),
                            fake=copy.deepcopy(wrapper)),
         param_scheduler=dict(student=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10)],

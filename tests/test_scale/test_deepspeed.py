@@ -1,6 +1,7 @@
 """The DeepSpeed strategy: two processes on the CPU against one process without it."""
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip('deepspeed')
 
 from deepspeed_support import CYCLES, STRATEGIES, build, checkpoint, config, logged, train  # noqa: E402
-from scale_support import Workers, launch  # noqa: E402
+from scale_support import Workers, free_port, launch  # noqa: E402
 from tests_support import same_bits  # noqa: E402
 
 from cdm_plugin.engine import DistillationDeepSpeedStrategy  # noqa: E402
@@ -218,3 +219,18 @@ def test_damaged_shards_are_refused_by_name(runs, break_it, part, tmp_path):
     break_it(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=part):
         checkpoint(folder)
+
+
+def test_deepspeed_launches_cdm_train(tmp_path):
+    """The command of the README, on two processes of this machine."""
+    cfg = config(tmp_path / 'run', 2, iters=2, strategy=STRATEGIES['stage2'])
+    cfg.default_hooks.checkpoint.interval = 2
+    cfg.dump(str(tmp_path / 'config.py'))
+    launched = subprocess.run(
+        [sys.executable, '-m', 'deepspeed.launcher.runner', '--num_gpus', '2', '--master_port', str(free_port()),
+         '--no_python', '--no_local_rank', sys.executable, '-m', 'cdm_plugin.cli', 'train',
+         str(tmp_path / 'config.py'), '--launcher', 'pytorch'],
+        env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / 'run/iter_2.pth').iterdir()) == [
+        'common.pth', 'rank_0.pth', 'rank_1.pth']
