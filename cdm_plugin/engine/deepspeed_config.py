@@ -1,6 +1,7 @@
 """DeepSpeed's config: what of it a strategy with two engines takes, and where else the rest is said."""
 import copy
 import logging
+import warnings
 from typing import Any, Dict, Optional
 
 from mmengine.device import get_device
@@ -88,6 +89,8 @@ def import_deepspeed() -> Any:
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     except ImportError as error:
         raise ImportError("strategy needs deepspeed: pip install 'cdm_plugin[scale]'") from error
+    # Each of its collectives would say so once, by torch's newer names.
+    warnings.filterwarnings('ignore', message=r'`torch\.distributed\.\w+` is deprecated', category=FutureWarning)
     if get_device() == 'cpu':
         # Its first use compiles for a minute, for collectives within one machine that gloo does as well.
         deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
