@@ -1,5 +1,6 @@
 """One HTML file that shows runs: `page.html` beside this, with the runs' data in it as JSON."""
 import base64
+import bisect
 import io
 import json
 import math
@@ -42,12 +43,16 @@ def page_data(runs: Sequence[Run]) -> Dict[str, Any]:
     """What the page shows, as JSON values.
 
     Returns:
-        dict: `version`, `date`, `notes` (what was left out or shrunk), `runs` and `config`. A run has `scalars` (name
-        -> `steps` and `values`, None where a value is not finite), `grids` (name -> iterations -> data URL),
-        `histograms`; `config` has a row a key, with the runs' values.
+        dict: `version`, `date`, `notes` (what was left out or shrunk), `runs`, `config`, and `times`, at which the
+        grids were chosen, in `unit`s ('student step', or 'iteration' where a run's student steps are not known). A run
+        has `scalars` (name -> `steps` and `values`, None where a value is not finite), `grids` (name -> iteration ->
+        data URL) and `histograms` (iteration -> `edges` and `counts`); `config` has a row a key, with the runs' values.
     """
     notes: List[str] = []
-    grids = _embed_grids(runs, notes)
+    unit = 'student step' if all(run.student_every for run in runs) else 'iteration'
+    clocks = [run.student_every if unit == 'student step' else 1 for run in runs]
+    times = _grid_times(runs, clocks, notes)
+    grids = _embed_grids(runs, clocks, times, notes)
     scalars = [{name: _thin(series) for name, series in sorted(run.scalars.items()) if series} for run in runs]
     if any(len(series['steps']) < len(run.scalars[name]) for run, own in zip(runs, scalars)
            for name, series in own.items()):
@@ -55,7 +60,7 @@ def page_data(runs: Sequence[Run]) -> Dict[str, Any]:
                      f'each of {MAX_POINTS // 2} equal stretches.')
     configs = [run.config for run in runs]
     return dict(
-        version=__version__, date=datetime.now().isoformat(' ', 'minutes'), notes=notes,
+        version=__version__, date=datetime.now().isoformat(' ', 'minutes'), notes=notes, unit=unit, times=times,
         runs=[dict(name=run.name, method=run.config.get('model.type', '').strip('\'"'),
                    student_every=run.student_every, iterations=run.steps[-1], restarts=run.restarts,
                    metrics=sorted(run.metrics), scalars=own, grids=images,
@@ -84,29 +89,29 @@ def _thin(series: Dict[int, float]) -> Dict[str, list]:
     return dict(steps=steps, values=[series[step] if math.isfinite(series[step]) else None for step in steps])
 
 
-def _embed_grids(runs: Sequence[Run], notes: List[str]) -> List[Dict[str, Dict[int, str]]]:
-    """The runs' sample grids as data URLs, at common times."""
-    together = all(run.student_every for run in runs)  # then time is counted in student steps, else in iterations
-
-    def time(run: Run, step: int) -> float:
-        return step / run.student_every if together else step
-
+def _grid_times(runs: Sequence[Run], clocks: List[int], notes: List[str]) -> List[float]:
+    """At most MAX_TIMES times, iterations / clock, at which all runs' sample grids are shown."""
     count = sum(len(run.grids) for run in runs)
-    logged = sorted({time(run, step) for run in runs for grid in run.grids.values() for step in grid})
+    logged = sorted({step / clock for run, clock in zip(runs, clocks) for grid in run.grids.values() for step in grid})
     times = _spread(logged, max(4, min(MAX_TIMES, MAX_IMAGES // max(count, 1))))
     if len(times) < len(logged):
         notes.append(f'Sample grids are shown at {len(times)} of {len(logged)} points of training time.')
-    chosen = [{name: _latest(grid, times, lambda step, run=run: time(run, step)) for name, grid in run.grids.items()}
-              for run in runs]
+    return times
+
+
+def _embed_grids(runs: Sequence[Run], clocks: List[int], times: List[float],
+                 notes: List[str]) -> List[Dict[str, Dict[int, str]]]:
+    """Each run's grids as data URLs, the latest at each time."""
+    chosen = [{name: _latest(sorted(grid), clock, times) for name, grid in sorted(run.grids.items())}
+              for run, clock in zip(runs, clocks)]
     total = sum(len(steps) for own in chosen for steps in own.values())
-    embedded, smallest = [], 1.0
+    embedded: List[Dict[str, Dict[int, str]]] = []
+    smallest = 1.0
     for run, own in zip(runs, chosen):
-        embedded.append({})
-        for name, steps in sorted(own.items()):
-            urls = embedded[-1][name] = {}
-            for step in steps:
-                urls[step], scale = _data_url(run.grids[name][step], MAX_IMAGE_BYTES // total)
-                smallest = min(smallest, scale)
+        embedded.append({name: {} for name in own})
+        for name, step in [(name, step) for name, steps in own.items() for step in steps]:
+            url, scale = _data_url(run.grids[name][step], MAX_IMAGE_BYTES // total)
+            embedded[-1][name][step], smallest = url, min(smallest, scale)
     if smallest < 1:
         notes.append(f'Sample grids are shrunk, down to {smallest:.0%} of their width, to keep the page small.')
     return embedded
@@ -119,20 +124,22 @@ def _spread(values: List[float], count: int) -> List[float]:
     return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
 
 
-def _latest(grid: Dict[int, Any], times: List[float], time: Any) -> List[int]:
-    """For each time the latest grid until then."""
-    until = [[step for step in grid if time(step) <= t] for t in times]
-    return sorted({max(steps) for steps in until if steps})
+def _latest(steps: List[int], clock: int, times: List[float]) -> List[int]:
+    """Those of the ascending iterations that are the latest at some time."""
+    counts = {bisect.bisect([step / clock for step in steps], time) for time in times}
+    return [steps[n - 1] for n in sorted(counts) if n]
 
 
 def _data_url(source: Union[Path, bytes], limit: int) -> Tuple[str, float]:
-    """A picture as PNG if that has at most `limit` bytes, else as JPEG, shrunk until it does; and its scale."""
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert('RGB')
-    kind, scale, data = 'png', 1.0, _encode(image, 'png', optimize=True)
+    """A PNG of at most `limit` bytes, else a JPEG, shrunk until it has no more; and its scale."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    image, kind, scale = Image.open(io.BytesIO(data)).convert('RGB'), 'png', 1.0
+    if len(data) <= 8 * limit:  # OpenCV, which wrote it, packs loosely; photographs stay too large all the same
+        data = _encode(image, 'png', optimize=True)
     if len(data) > limit:
         kind, data = 'jpeg', _encode(image, 'jpeg', quality=85)
-    while len(data) > limit and min(image.size) * scale * 0.8 >= MIN_SIDE:
-        scale *= 0.8
+    while len(data) > limit and min(image.size) * scale > MIN_SIDE:
+        scale = max(scale * min(0.9, math.sqrt(limit / len(data))), MIN_SIDE / min(image.size))
         size = (round(image.width * scale), round(image.height * scale))
         data = _encode(image.resize(size, Image.Resampling.LANCZOS), 'jpeg', quality=85)
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}', scale

@@ -99,8 +99,8 @@ def read_run(folder: str) -> Run:
     for part in parts:
         _append(run, part)
     if not run.steps:
-        raise ValueError(f'RUN {folder!r} has no logs: expected <time>/vis_data in it, with scalars.json or TensorBoard '
-                         'events (visualizer.vis_backends: LocalVisBackend or TensorboardVisBackend)')
+        raise ValueError(f'RUN {folder!r} has no logs: expected <time>/vis_data in it, with scalars.json or '
+                         'TensorBoard events (visualizer.vis_backends: LocalVisBackend or TensorboardVisBackend)')
     return run
 
 
