@@ -16,10 +16,10 @@ from cdm_plugin.version import __version__
 from .runs import Run, config_differences
 
 # What one page holds, so that a browser opens it at once.
-MAX_POINTS = 1000  # of a curve
+MAX_POINTS = 500  # of a curve
 MAX_TIMES = 24  # of a run's sample grids, fewer where there are more than MAX_IMAGES of them in all
-MAX_IMAGES = 240
-MAX_IMAGE_BYTES = 6_000_000  # of all images, before base64 makes 4 bytes of 3
+MAX_IMAGES = 160
+MAX_IMAGE_BYTES = 6_400_000  # of all images, before base64 makes 4 bytes of 3
 MAX_HISTOGRAMS = 100  # of a run
 MAX_VALUE = 400  # characters of a config's value
 MIN_SIDE = 64
@@ -29,11 +29,16 @@ def write_page(runs: Sequence[Run], path: Union[str, Path]) -> Path:
     """Writes the page and returns its path; makes the folder.
 
     The page needs nothing but itself: no server, no other file, no connection.
+
+    Raises:
+        ValueError: If the path is a folder.
     """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f'--out must be the HTML file to write, but {str(path)!r} is a folder')
     # `<` is what could end the script element that holds the data.
     data = json.dumps(page_data(runs), allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
     page = (Path(__file__).parent / 'page.html').read_text(encoding='utf-8').replace('{{data}}', data)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding='utf-8')
     return path
@@ -137,11 +142,11 @@ def _data_url(source: Union[Path, bytes], limit: int) -> Tuple[str, float]:
     if len(data) <= 8 * limit:  # OpenCV, which wrote it, packs loosely; photographs stay too large all the same
         data = _encode(image, 'png', optimize=True)
     if len(data) > limit:
-        kind, data = 'jpeg', _encode(image, 'jpeg', quality=85)
+        kind, data = 'jpeg', _encode(image, 'jpeg', quality=80)
     while len(data) > limit and min(image.size) * scale > MIN_SIDE:
         scale = max(scale * min(0.9, math.sqrt(limit / len(data))), MIN_SIDE / min(image.size))
         size = (round(image.width * scale), round(image.height * scale))
-        data = _encode(image.resize(size, Image.Resampling.LANCZOS), 'jpeg', quality=85)
+        data = _encode(image.resize(size, Image.Resampling.LANCZOS), 'jpeg', quality=80)
     return f'data:image/{kind};base64,{base64.b64encode(data).decode()}', scale
 
 
