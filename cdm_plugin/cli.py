@@ -8,7 +8,7 @@ from typing import Any, List, Optional
 from mmengine.config import DictAction
 
 # Mistakes in a config or in the data: one line is worth more than a traceback.
-USER_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError)
+USER_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError, ImportError)
 
 
 # Prompts of a contact sheet.

@@ -1,11 +1,12 @@
 """Makes stock MMEngine 0.10.7 work with today's torch, setuptools and numpy, without a fork.
 
-`apply` repairs five things in place, and leaves alone what is not MMEngine's own:
+`apply` repairs six things in place, and leaves alone what is not MMEngine's own:
 
 - checkpoints are read without unpickling objects (torch >= 2.6 refuses them anyway),
 - a checkpoint is written whole or not at all,
 - a copied or moved work_dir resumes from its own files,
 - packages are found without `pkg_resources`, which setuptools 82 removed,
+- FlexibleRunner takes a config without `env_cfg` and `launcher`, as Runner does,
 - recipes of this package resolve: `cdm_plugin::sd3/x.py`, and `from cdm_plugin.configs.sd3.x import *` in `read_base`.
 
 `pack_message_hub`, `unpack_message_hub` and `plain` keep what a run saves loadable in this way.
@@ -31,7 +32,7 @@ import torch
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, FlexibleRunner
 
 PACKAGE = 'cdm_plugin'
 MIM = Path(__file__).parent / '.mim'
@@ -39,6 +40,7 @@ TRUST = 'CDM_TRUST_CHECKPOINTS'
 NUMBERED = re.compile(r'(iter|epoch)_(\d+)\.pth')
 
 _stock_cfg_path = Config._get_cfg_path
+_stock_flexible_from_cfg = FlexibleRunner.from_cfg.__func__
 
 
 class CheckpointError(RuntimeError, ValueError):
@@ -53,6 +55,8 @@ def apply() -> None:
         LocalBackend.put = put_whole
     for ours in (is_installed, get_installed_path, package2module):
         _replace(package_utils, ours.__name__, ours)
+    if FlexibleRunner.from_cfg.__func__ is _stock_flexible_from_cfg:
+        FlexibleRunner.from_cfg = classmethod(flexible_runner_from_cfg)
     _add_recipes()
 
 
@@ -107,6 +111,12 @@ def put_whole(self: LocalBackend, obj: bytes, filepath: Any) -> None:
     with open(part, 'wb') as file:
         file.write(obj)
     os.replace(part, filepath)
+
+
+def flexible_runner_from_cfg(cls: type, cfg: Config) -> FlexibleRunner:
+    """Builds a FlexibleRunner from a config; what it leaves out has the defaults of Runner."""
+    return _stock_flexible_from_cfg(cls, Config({**dict(env_cfg=dict(dist_cfg=dict(backend='nccl')), launcher='none'),
+                                                 **cfg}))
 
 
 def find_latest_checkpoint(path: str) -> Optional[str]:

@@ -103,12 +103,24 @@ class Backbone(nn.Module):
         Raises:
             ValueError: If weights are missing, left over or of another shape.
         """
+        return self.compile_blocks(self.load_network(dtype))
+
+    def load_network(self, dtype: Optional[torch.dtype] = None) -> ModelMixin:
+        """The network as `build_network` has it, before its blocks are compiled."""
         dtype = dtype or self.dtype
-        if self.pretrained is None:
+        if self.pretrained is not None:
+            return self._load_pretrained(dtype)
+        network = self.network_class.from_config(self.config)
+        return network if network.dtype == dtype else network.to(dtype)
+
+    def empty_network(self, dtype: Optional[torch.dtype] = None) -> ModelMixin:
+        """A network of shapes without memory, on the meta device."""
+        with torch.device('meta'):
             network = self.network_class.from_config(self.config)
-            network = network if network.dtype == dtype else network.to(dtype)
-        else:
-            network = self._load_network(dtype)
+        return nn.Module.to(network, dtype or self.dtype)  # diffusers' own `to` warns of what does not matter here
+
+    def compile_blocks(self, network: ModelMixin) -> ModelMixin:
+        """The network, its repeated blocks compiled if `compile` asks for it."""
         if self.compile:
             network._repeated_blocks = list(self.repeated_blocks)
             # The rollout's batch shrinks, and three roles call the blocks with and without gradient: with torch's
@@ -117,7 +129,7 @@ class Backbone(nn.Module):
             network.compile_repeated_blocks(dynamic=True)
         return network
 
-    def _load_network(self, dtype: torch.dtype) -> ModelMixin:
+    def _load_pretrained(self, dtype: torch.dtype) -> ModelMixin:
         kwargs = dict(self.load_kwargs)
         if self.quantization is not None:
             kwargs['quantization_config'] = diffusers.BitsAndBytesConfig(
@@ -126,7 +138,7 @@ class Backbone(nn.Module):
         try:
             network, info = self.network_class.from_pretrained(
                 self.pretrained, subfolder=self.subfolder, dtype=dtype, output_loading_info=True, **kwargs)
-        except (RuntimeError, ValueError) as error:  # among others, that a shape differs
+        except (RuntimeError, ValueError, OSError) as error:  # among others, that a shape differs or a file is cut
             raise ValueError(f'{where} cannot be loaded: {error}') from error
         for key, what in (('missing_keys', 'lacks weights'), ('unexpected_keys', 'has weights that nothing takes'),
                           ('mismatched_keys', 'has weights of other shapes'), ('error_msgs', 'cannot be loaded')):

@@ -15,24 +15,17 @@ from mmengine.device import get_device
 from mmengine.dist import init_dist
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIMIZERS, STRATEGIES
+from mmengine.registry import MODELS, STRATEGIES
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
+from cdm_plugin.engine.deepspeed_config import check_config, engine_config, import_deepspeed, initialize
 from cdm_plugin.engine.launch import start_processes
 from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, RoleOptimWrapperDict
+from cdm_plugin.engine.partition import build_partitioned, partition_frozen
 from cdm_plugin.engine.shards import Shards, is_sharded, layout_of, read_common, read_pieces, read_whole, write
 from cdm_plugin.mmengine_compat import plain
-
-# Keys of DeepSpeed that would contradict the rest of the config, and where to say it instead.
-ELSEWHERE = dict(
-    gradient_clipping='optim_wrapper.<role>.clip_grad=dict(max_norm=...)',
-    gradient_accumulation_steps='optim_wrapper.<role>.accumulative_counts', optimizer='optim_wrapper.<role>.optimizer',
-    scheduler='param_scheduler', train_batch_size='train_dataloader.batch_size (of one process)',
-    fp16='strategy.bf16=dict(enabled=True): float16 overflows in these models', amp='strategy.bf16=dict(enabled=True)',
-    activation_checkpointing='model.activation_checkpointing')
-
 
 class EngineOptimWrapper(OptimWrapper):
     """A role's optimizer inside its DeepSpeed engine, which also clips, reduces and accumulates.
@@ -79,7 +72,8 @@ class EngineOptimWrapper(OptimWrapper):
 class DistillationDeepSpeedStrategy(BaseStrategy):
     """Trains a method of this package with DeepSpeed's ZeRO, nothing in `model` or `optim_wrapper` changed.
 
-    Student and fake score have one engine each. Frozen networks are partitioned at stage 3, and whole below.
+    Student and fake score have one engine each. Frozen networks, text encoders among them, are partitioned at stage 3,
+    and whole below. LoRA adapters are whole at stage 3 as well, like at 2; what is partitioned then is their base.
     Checkpoints are folders (`cdm_plugin.engine.shards`) that another number of processes resumes too.
 
     Example::
@@ -110,41 +104,19 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
             if value is not None:
                 self.config[key] = copy.deepcopy(value)
         self.config.setdefault('zero_optimization', dict(stage=2))
-        self._check_config()
+        check_config(self.config)
         self.engines: Dict[str, Any] = {}
         self.shards: Dict[str, Shards] = {}
         self._frozen_engines: List[Any] = []
         self._buffers: Dict[str, Tensor] = {}
+        # This rank's pieces of the weights as they were loaded, before they were rounded to what the networks run in.
+        self._pretrained: Dict[nn.Module, Dict[str, Tensor]] = {}
         super().__init__(**{k: v for k, v in kwargs.items() if k in own})
 
     @property
     def stage(self) -> int:
         """The ZeRO stage."""
         return self.config['zero_optimization'].get('stage', 2)
-
-    def _check_config(self) -> None:
-        for key, instead in ELSEWHERE.items():
-            if self.config.get(key):
-                raise ValueError(f'strategy.{key} does not go with two engines: set {instead}')
-        zero = self.config['zero_optimization']
-        zero.setdefault('stage', 2)
-        if zero['stage'] not in (1, 2, 3):
-            raise ValueError(f'strategy.zero_optimization.stage must be 1, 2 or 3, but is {zero["stage"]!r}; without '
-                             "partitioning, use the plain Runner with model_wrapper_cfg=dict(type="
-                             "'DistillationDataParallel')")
-        for key in ('offload_optimizer', 'offload_param'):
-            device = (zero.get(key) or {}).get('device', 'none')
-            if device not in ('none', 'cpu'):
-                raise ValueError(f"strategy.zero_optimization.{key}.device must be 'cpu' or 'none', but is {device!r}")
-        if zero['stage'] < 3 and (zero.get('offload_param') or {}).get('device', 'none') != 'none':
-            raise ValueError(f'strategy.zero_optimization.offload_param needs stage=3, but stage={zero["stage"]}')
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-        from pydantic import ValidationError
-        try:
-            DeepSpeedZeroConfig(**zero)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f'strategy.zero_optimization.{".".join(map(str, first["loc"]))}: {first["msg"]}') from None
 
     # Environment
 
@@ -174,11 +146,12 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         self.dispatch_kwargs.update(dispatch_kwargs or {})
         if compile:
             raise ValueError('compile does not go with DistillationDeepSpeedStrategy: set model.backbone.compile=True')
-        model = self._init_model_weights(self.build_model(model))
         device = torch.device(get_device())
         if optim_wrapper is None:
-            self.model = model.to(device)
+            self.model = self._init_model_weights(super().build_model(model)).to(device)
         else:
+            self._settle_precision(optim_wrapper)
+            model = self._init_model_weights(self.build_model(model))
             self.optim_wrapper = self.build_optim_wrapper(optim_wrapper, model)
             if not isinstance(self.optim_wrapper, RoleOptimWrapperDict):
                 raise ValueError("optim_wrapper needs constructor='DistillationOptimWrapperConstructor' and one entry "
@@ -195,40 +168,76 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         # MMEngine's takes keys out of the dict that it hands to the next role.
         return super()._build_param_scheduler(scheduler, optim_wrapper, dict(default_args))
 
+    def build_model(self, model: Union[nn.Module, Dict[str, Any]]) -> nn.Module:
+        """Builds the model. At stage 3 its pretrained networks are partitioned as they are built, one after the other;
+        no process but the first ever holds a whole one."""
+        backbone = model.get('backbone') if isinstance(model, dict) else None
+        if self.stage < 3 or not isinstance(backbone, dict) or not backbone.get('pretrained'):
+            return super().build_model(model)
+        backbone = MODELS.build(dict(backbone))
+        if backbone.quantization is not None:
+            raise ValueError('model.backbone.quantization does not go with strategy.zero_optimization.stage=3, which '
+                             'cannot partition quantised weights: set stage=2')
+
+        def build_network(dtype: Optional[torch.dtype] = None) -> nn.Module:
+            network, pieces = build_partitioned(backbone, self._engine_config(), dtype, self.run_dtype)
+            self._pretrained[network] = pieces
+            return network
+
+        backbone.build_network = build_network
+        try:
+            return super().build_model(dict(model, backbone=backbone))
+        finally:
+            del backbone.build_network
+
     def _partition(self, model: nn.Module, device: torch.device) -> nn.Module:
         wrappers = dict(self.optim_wrapper.items())
-        self._settle_precision(wrappers)
         self._check_method(model, wrappers)
         if 'fake' in wrappers:
             same_layout(model, wrappers)
-        # Engines round buffers to bfloat16; a checkpoint keeps them as they were.
+        # Engines may round buffers to bfloat16; a checkpoint keeps them as they were.
         for role in wrappers:
             network = getattr(model, role)
             names = network.state_dict().keys()
             self._buffers.update({f'{role}.{name}': b.detach().clone() for name, b in network.named_buffers()
                                   if name in names})
         self._place_frozen(model, device)
+        # Adapters are small, and their base is called by three roles: they stay whole, their optimizers do not.
+        stage = 2 if getattr(model, 'lora', None) is not None and self.stage == 3 else self.stage
         for role, wrapper in wrappers.items():
-            engine = self._initialize(getattr(model, role), self._engine_config(wrapper), wrapper.optimizer)
+            network = getattr(model, role)
+            pieces = self._pretrained.pop(network, {})
+            wholes = {name: p.detach() for name, p in network.named_parameters() if not hasattr(p, 'ds_id')}
+            engine = initialize(network, self._engine_config(wrapper, stage), wrapper.optimizer)
             shards = Shards(engine)
+            if self.run_dtype is not None:  # the engine made its float32 weights of rounded ones
+                pieces.update({name: piece.cut(wholes[name]) for name, piece in shards.pieces.items()
+                               if name in wholes})
+                shards.load({**shards.weights, **pieces})
             engine.weight_shards = shards
             self.engines[role], self.shards[role] = engine, shards
             model._modules[role] = engine
             self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper)
+        self._pretrained.clear()
         self._check_merge(model)
         return model
 
-    def _settle_precision(self, wrappers: Dict[str, OptimWrapper]) -> None:
-        amp = [isinstance(wrapper, AutocastOptimWrapper) for wrapper in wrappers.values()]
-        bf16 = self.config.setdefault('bf16', dict(enabled=any(amp)))
-        if any(amp) and not bf16.get('enabled'):
+    def _settle_precision(self, optim_wrapper: Any) -> None:
+        """Takes `bf16` from the optimizer wrappers, or checks that they agree."""
+        wrappers = [value for _, value in optim_wrapper.items()] if hasattr(optim_wrapper, 'items') else []
+        amp = any(wrapper.get('type') == 'AmpOptimWrapper' if isinstance(wrapper, dict)
+                  else isinstance(wrapper, AutocastOptimWrapper) for wrapper in wrappers)
+        bf16 = self.config.setdefault('bf16', dict(enabled=amp))
+        if amp and not bf16.get('enabled'):
             raise ValueError("optim_wrapper.*.type='AmpOptimWrapper' and strategy.bf16=dict(enabled=False) contradict "
                              "each other: set type='OptimWrapper' to train in float32, or leave strategy.bf16 out")
 
+    @property
+    def run_dtype(self) -> Optional[torch.dtype]:
+        """What the networks run in; None is the dtype that they have."""
+        return torch.bfloat16 if self.config.get('bf16', {}).get('enabled') else None
+
     def _check_method(self, model: nn.Module, wrappers: Dict[str, OptimWrapper]) -> None:
-        if getattr(model, 'lora', None) is not None and self.stage == 3:
-            raise ValueError('model.lora does not go with strategy.zero_optimization.stage=3: the adapters share a '
-                             'base that is not partitioned; set stage=2')
         batch, own = (c.get('train_micro_batch_size_per_gpu') for c in (self.dispatch_kwargs, self.config))
         if own not in (None, 'auto', batch):
             raise ValueError(f'strategy.train_micro_batch_size_per_gpu={own}, but train_dataloader.batch_size={batch}: '
@@ -239,55 +248,34 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
                 raise ValueError(f'optim_wrapper.{role}.clip_grad={clip}: DeepSpeed clips by the 2-norm only, '
                                  'dict(max_norm=...)')
 
-    def _engine_config(self, wrapper: Optional[OptimWrapper] = None) -> Dict[str, Any]:
-        """DeepSpeed's config of a role, or of a frozen network."""
-        config = copy.deepcopy(self.config)
-        config.update(
-            train_micro_batch_size_per_gpu=self.dispatch_kwargs.get('train_micro_batch_size_per_gpu') or 1,
-            gradient_accumulation_steps=1, zero_allow_untested_optimizer=True)
-        config.setdefault('steps_per_print', 10**12)
-        config.setdefault('zero_force_ds_cpu_optimizer', False)
-        if wrapper is not None:
-            config['gradient_accumulation_steps'] = wrapper._accumulative_counts
-            config['gradient_clipping'] = float((wrapper.clip_grad_kwargs or {}).get('max_norm', 0.0))
-        return config
-
-    @staticmethod
-    def _initialize(network: nn.Module, config: Dict[str, Any], optimizer: Any = None) -> Any:
-        deepspeed = import_deepspeed()
-        logging.getLogger('DeepSpeed').setLevel(logging.WARNING)
-        return deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    def _engine_config(self, wrapper: Optional[OptimWrapper] = None, stage: Optional[int] = None) -> Dict[str, Any]:
+        batch_size = self.dispatch_kwargs.get('train_micro_batch_size_per_gpu') or 1
+        return engine_config(self.config, batch_size, wrapper, stage)
 
     def _place_frozen(self, model: nn.Module, device: torch.device) -> None:
         """Frozen networks on the device: partitioned at stage 3, otherwise whole; in bfloat16 if the roles are."""
         model._set_device(device)
-        model.backbone.to(device)
         network = getattr(model, 'base', None)
         if network is None:
             network = getattr(model, 'teacher', None)
-        if network is not None:
-            bf16 = self.config['bf16'].get('enabled', False)
-            if bf16 and getattr(model.backbone, 'quantization', None) is None:
-                trained = {p for p in network.parameters() if p.requires_grad}  # a base holds the adapters as well
-                for tensor in (*network.parameters(), *network.buffers()):
-                    if tensor not in trained and tensor.is_floating_point():
-                        tensor.data = tensor.data.bfloat16()
-            if self.stage < 3:
-                network.to(device)
+        if network is not None and self.run_dtype is not None and not model.backbone.quantization:
+            trained = {p for p in network.parameters() if p.requires_grad}  # a base holds the adapters as well
+            for tensor in (*network.parameters(), *network.buffers()):
+                if tensor not in trained and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(self.run_dtype)
+        conditioner = model.backbone.conditioner
+        frozen = [network] * (network is not None)
+        if not getattr(conditioner, 'offload', False):  # those wait in the CPU's memory
+            frozen += getattr(conditioner, 'encoders', [])
+        for part in frozen:
+            if self.stage == 3:
+                self._frozen_engines.append(partition_frozen(part, self._engine_config()))
             else:
-                self._partition_frozen(network)
+                part.to(device)
+        model.backbone.to(device)
         for name, child in model.named_children():  # losses and the like
             if name not in ('student', 'fake', 'teacher', 'base', 'backbone'):
                 child.to(device)
-
-    def _partition_frozen(self, network: nn.Module) -> None:
-        """Hooks on the network gather its weights block by block; it is called as before, gradients pass through."""
-        config = self._engine_config()
-        config['bf16'] = dict(enabled=next(network.parameters()).dtype == torch.bfloat16)
-        config['zero_optimization'].pop('offload_optimizer', None)
-        engine = self._initialize(network, config)
-        engine.eval()
-        self._frozen_engines.append(engine)
 
     def _check_merge(self, model: nn.Module) -> None:
         if not getattr(model, 'fake_merge', 0) or 'fake' not in self.shards:
@@ -413,23 +401,3 @@ def same_layout(model: nn.Module, wrappers: Dict[str, OptimWrapper]) -> None:
             if params:
                 part.append(dict(group, params=params))
     groups[:] = split[0] + split[1]
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, which only this strategy needs; its optimizers are registered with it.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    try:
-        import deepspeed
-        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-    except ImportError as error:
-        raise ImportError("strategy needs deepspeed: pip install 'cdm_plugin[scale]'") from error
-    if get_device() == 'cpu':
-        # Its first use compiles for a minute, for collectives within one machine that gloo does as well.
-        deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
-    for optimizer in (DeepSpeedCPUAdam, FusedAdam):
-        if optimizer.__name__ not in OPTIMIZERS:
-            OPTIMIZERS.register_module(module=optimizer)
-    return deepspeed

@@ -12,7 +12,7 @@ from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from recipes import CDM
-from scale_support import Workers, free_port, init_gloo, launch, share_draws
+from scale_support import Workers, free_port, init_gloo, launch, run_command, share_draws
 from tests_support import same_bits, tiny_method
 
 from cdm_plugin.cli import main
@@ -70,7 +70,7 @@ def equality_worker(cases):
 @pytest.fixture(scope='module')
 def trained():
     """Results of all cases on two ranks."""
-    return launch(equality_worker, list(CASES), timeout=120)
+    return launch(equality_worker, list(CASES))
 
 
 @pytest.mark.parametrize('case', list(CASES))
@@ -166,7 +166,7 @@ def runner_worker(folder):
 def run(tmp_path_factory):
     """Folder and results of `runner_worker`."""
     folder = tmp_path_factory.mktemp('ddp')
-    return folder, launch(runner_worker, str(folder), timeout=120)
+    return folder, launch(runner_worker, str(folder))
 
 
 def test_checkpoints_have_the_keys_of_a_single_process(run):
@@ -207,15 +207,15 @@ def test_what_ranks_must_agree_on(run):
 
 
 def cli(work_dir, *extra, **changes):
-    """Arguments of the interpreter for `cdm train`."""
+    """Arguments of `cdm` for training."""
     changed = {key: value for key, value in options(work_dir, **changes).items() if key not in ('work_dir', 'launcher')}
-    return ['-m', 'cdm_plugin.cli', 'train', CDM, '--launcher', 'pytorch', '--work-dir', str(work_dir), *extra,
+    return ['train', CDM, '--launcher', 'pytorch', '--work-dir', str(work_dir), *extra,
             '--cfg-options', *[f'{key}={value}' for key, value in changed.items()]]
 
 
 def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes_to_the_same_bits(run, tmp_path):
     whole, killed = run[0] / 'whole', tmp_path / 'killed'
-    with Workers(cli(killed, **{'train_cfg.max_iters': 1000})) as workers:
+    with Workers(run_command, cli(killed, **{'train_cfg.max_iters': 1000})) as workers:
         deadline = time.monotonic() + 60
         while not (killed / 'iter_4.pth').exists() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -225,7 +225,7 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes_to_the_same_
     for file in killed.glob('iter_*.pth'):
         if file.name != 'iter_4.pth':
             file.unlink()
-    with Workers(cli(killed, '--resume')) as workers:
+    with Workers(run_command, cli(killed, '--resume')) as workers:
         assert workers.wait(60) == [0, 0], workers.text()
     a, b = (torch.load(d / 'iter_8.pth', weights_only=True) for d in (whole, killed))
     for part in ('state_dict', 'student_ema', 'optimizer', 'param_schedulers'):
@@ -271,7 +271,7 @@ def train_teacher(rank):
 
 
 def test_ranks_that_have_nothing_in_common_do_not_hang():
-    (calls, weights), (other_calls, other_weights) = launch(apart_worker, timeout=60)
+    (calls, weights), (other_calls, other_weights) = launch(apart_worker)
     assert calls == other_calls
     same_bits(weights, other_weights)
 
@@ -310,7 +310,7 @@ def test_slurm_and_mpi_start_gloo_without_a_gpu(launcher, variables, monkeypatch
         monkeypatch.setenv(name, 'overwritten')
     for name, value in dict(variables, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port())).items():
         monkeypatch.setenv(name, value)
-    start_processes(launcher, dict(dist_cfg=dict(backend='nccl', timeout=60)))
+    start_processes(launcher, dict(dist_cfg=dict(backend='nccl')))
     assert torch.distributed.get_backend() == 'gloo' and os.environ['LOCAL_RANK'] == '0'
     stop_processes()
     assert not torch.distributed.is_initialized()
@@ -359,6 +359,6 @@ def test_other_wrappers_and_other_models_are_refused(single):
 
 @pytest.mark.gpu
 def test_one_gpu_trains_through_the_launcher(tmp_path):
-    with Workers(cli(tmp_path / 'gpu', **{'train_cfg.max_iters': 2}), world_size=1) as workers:
+    with Workers(run_command, cli(tmp_path / 'gpu', **{'train_cfg.max_iters': 2}), world_size=1) as workers:
         assert workers.wait(300) == [0], workers.text()
     assert (tmp_path / 'gpu/iter_2.pth').is_file()
