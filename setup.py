@@ -39,6 +39,7 @@ setup(
     package_dir={'cdm_plugin': 'cdm_plugin', 'cdm_plugin.hooks': 'hooks'},
     package_data={
         'cdm_plugin': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*.py'],
+        'cdm_plugin.compare': ['page.html'],
         'cdm_plugin.assets': ['**/*.npz', '**/*.safetensors', '**/*.json', '**/*.md'],
     },
     install_requires=CORE,

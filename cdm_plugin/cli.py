@@ -130,6 +130,13 @@ def export(args: argparse.Namespace) -> None:
     print(f'exported the student ({used} weights) to {folder}')
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Draws what trainings have logged, side by side on one HTML page: curves, samples, configs."""
+    from cdm_plugin.compare import read_runs, write_page
+    page = write_page(read_runs(args.runs), args.out)
+    print(f'{page}, {page.stat().st_size / 2**20:.1f} MiB: open it in a browser')
+
+
 def plugins(args: argparse.Namespace) -> None:
     """Lists what was loaded from where."""
     from cdm_plugin import plugins as manager
@@ -215,6 +222,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('config', help='a config file or a shipped recipe')
     command.add_argument('--gpus', type=positive, default=1, help='GPUs that it will run on (default 1)')
     command.add_argument('--cfg-options', **options)
+
+    command = add(compare)
+    command.add_argument('runs', nargs='+', metavar='RUN', help='work directories of trainings')
+    command.add_argument('--out', default='compare.html', help='default compare.html')
 
     add(plugins)
 

@@ -19,6 +19,9 @@ from cdm_plugin.methods import DiffusionModel
 from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
 
+# TensorBoard's own bins grow by a tenth each: all of [0.91, 1] would be one.
+HISTOGRAM_EDGES = torch.linspace(0, 1, 51, dtype=torch.float64).tolist()
+
 
 def method_of(runner: Any) -> DiffusionModel:
     """The method that a runner trains, without a data-parallel wrapper."""
@@ -238,7 +241,8 @@ class CDMHook(Hook):
             return
         for backend in runner.visualizer._vis_backends.values():
             if hasattr(backend.experiment, 'add_histogram'):
-                backend.experiment.add_histogram('train/anchor_sigma_histogram', sigmas, runner.iter + 1)
+                backend.experiment.add_histogram('train/anchor_sigma_histogram', sigmas, runner.iter + 1,
+                                                 bins=HISTOGRAM_EDGES)
 
     # EMA in validation and test
 

@@ -1,4 +1,4 @@
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.dist import is_main_process
@@ -11,6 +11,7 @@ from cdm_plugin.condition import Condition
 from cdm_plugin.draws import stream
 from cdm_plugin.hooks.cdm_hook import method_of
 from cdm_plugin.images import labelled_grid
+from cdm_plugin.inference import step_sigmas
 from cdm_plugin.methods import DiffusionModel
 
 
@@ -21,6 +22,9 @@ class SampleGridHook(Hook):
     A run that collapses shows it here first; the losses may look healthy. Every rank draws, because a sharded network
     needs them all, and the first one writes.
 
+    The grid is the image `samples`. Each of `steps` has a grid beside it, `samples_<n>_steps`: student, EMA and guided
+    teacher with that many steps, and the teacher with all of its own. `cdm compare` shows them side by side.
+
     Args:
         interval (int): Iterations between two grids; there is one before the first iteration too. Default 200.
         num_images (int): Images a row. Default 8.
@@ -28,18 +32,24 @@ class SampleGridHook(Hook):
         guidance_scale (float, optional): Of the teacher. Default: 1 + model.alpha.
         teacher_steps (int): Steps of the teacher and the fake score. Default 28.
         seed (int): Of the noise. Default 0.
+        steps (Sequence[int]): Numbers of steps of further grids, on the usual levels 1, 1 - 1/n, ..., 1/n before the
+            scheduler's shift. Default: none.
     """
     priority = 'LOW'
 
     def __init__(self, interval: int = 200, num_images: int = 8, prompts: Optional[List] = None,
-                 guidance_scale: Optional[float] = None, teacher_steps: int = 28, seed: int = 0) -> None:
+                 guidance_scale: Optional[float] = None, teacher_steps: int = 28, seed: int = 0,
+                 steps: Sequence[int] = ()) -> None:
         if interval < 1 or num_images < 1 or teacher_steps < 1:
             raise ValueError('SampleGridHook needs interval, num_images and teacher_steps of 1 or more, but has '
                              f'{interval}, {num_images} and {teacher_steps}')
+        if any(not isinstance(n, int) or n < 1 for n in steps):
+            raise ValueError(f'SampleGridHook.steps must be whole numbers of 1 or more, but is {list(steps)}')
         self.interval, self.num_images, self.prompts = interval, num_images, prompts
         self.guidance_scale, self.teacher_steps, self.seed = guidance_scale, teacher_steps, seed
+        self.steps = tuple(steps)
         self._condition: Optional[Condition] = None
-        self._teacher_row: Optional[Tensor] = None
+        self._teacher_rows: Dict[int, Tensor] = {}
 
     def before_train(self, runner: Any) -> None:
         """The grid before the first iteration."""
@@ -51,30 +61,44 @@ class SampleGridHook(Hook):
             self._draw(runner, runner.iter + 1)
 
     def _draw(self, runner: Any, step: int) -> None:
-        rows = self.rows(runner)
+        grids = {'samples': self.rows(runner), **{f'samples_{n}_steps': self.rows(runner, n) for n in self.steps}}
         if is_main_process():
-            runner.visualizer.add_image('samples', labelled_grid(rows), step=step)
+            for name, rows in grids.items():
+                runner.visualizer.add_image(name, labelled_grid(rows), step=step)
 
     @torch.no_grad()
-    def rows(self, runner: Any) -> Dict[str, Tensor]:
-        """The grid's rows: name -> images in [-1, 1], (N, C, H, W)."""
+    def rows(self, runner: Any, steps: Optional[int] = None) -> Dict[str, Tensor]:
+        """A grid's rows: name -> images in [-1, 1], (N, C, H, W).
+
+        Args:
+            runner (Runner): The runner.
+            steps (int, optional): Of student and EMA, and of a teacher row in place of the fake score's. Default: the
+                levels of `model.sample_sigmas`, with the fake score's row.
+        """
         method = method_of(runner)
         condition = self._get_condition(runner, method)
         noise = torch.randn(method.latent_shape(len(condition)), generator=stream(self.seed, 'sample_grid'))
-        few, many = method.sample_sigmas, torch.linspace(1, 1 / self.teacher_steps, self.teacher_steps)
-        rows = {f'student, {len(few)} steps': method.sample(condition, noise, few)}
+        few = method.sample_sigmas if steps is None else step_sigmas(steps)
+        label = '1 step' if len(few) == 1 else f'{len(few)} steps'
+        rows = {f'student, {label}': method.sample(condition, noise, few)}
         if method.student_ema is not None:
             with method.student_ema.applied():
-                rows[f'EMA, {len(few)} steps'] = method.sample(condition, noise, few)
-        if hasattr(method, 'teacher'):
-            if self._teacher_row is None:  # the teacher is frozen
-                guidance = 1 + method.alpha if self.guidance_scale is None else self.guidance_scale
-                self._teacher_row = method.sample(condition, noise, many, 'teacher', guidance)
-            rows[f'teacher, {self.teacher_steps} steps'] = self._teacher_row
-            last_anchor = float(method.shift(few)[-1])
+                rows[f'EMA, {label}'] = method.sample(condition, noise, few)
+        if not hasattr(method, 'teacher'):
+            return rows
+        if steps is not None:
+            rows[f'teacher, {label}'] = self._teacher_row(method, condition, noise, steps)
+        rows[f'teacher, {self.teacher_steps} steps'] = self._teacher_row(method, condition, noise, self.teacher_steps)
+        if steps is None:
             rows[f'fake score, {self.teacher_steps} steps'] = method.sample(
-                condition, noise, many, 'fake', anchor_sigma=last_anchor)
+                condition, noise, step_sigmas(self.teacher_steps), 'fake', anchor_sigma=float(method.shift(few)[-1]))
         return rows
+
+    def _teacher_row(self, method: DiffusionModel, condition: Condition, noise: Tensor, steps: int) -> Tensor:
+        if steps not in self._teacher_rows:  # the teacher is frozen
+            guidance = 1 + method.alpha if self.guidance_scale is None else self.guidance_scale
+            self._teacher_rows[steps] = method.sample(condition, noise, step_sigmas(steps), 'teacher', guidance)
+        return self._teacher_rows[steps]
 
     def _get_condition(self, runner: Any, method: DiffusionModel) -> Condition:
         if self._condition is None:

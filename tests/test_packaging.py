@@ -264,7 +264,7 @@ def test_wheel_holds_all_files_of_the_checkout(wheel, installed):
     assert expected - found == set()
     assert {name for name in found - expected if not name.endswith('.pyc')} == set()
     assert {'.mim/configs/_base_/default_runtime.py', '.mim/model-index.yml', 'assets/digits/digits_16.npz',
-            'hooks/cdm_hook.py', 'py.typed'} <= found
+            'hooks/cdm_hook.py', 'compare/page.html', 'py.typed'} <= found
 
 
 def test_wheel_works_from_elsewhere(installed, reports):

@@ -7,4 +7,4 @@ model = dict(type='DecoupledDMD')
 default_hooks = dict(checkpoint=dict(interval=200))
 custom_hooks = [
     dict(type='CDMHook'),
-    dict(type='SampleGridHook', interval=200, prompts=list(range(10)), num_images=10)]
+    dict(type='SampleGridHook', interval=200, prompts=list(range(10)), num_images=10, steps=[1, 2, 8])]

@@ -6,6 +6,8 @@ import torch
 from mmengine.registry import DATASETS
 from torch.utils.data import IterableDataset
 
+from cdm_plugin.draws import stream
+
 
 @DATASETS.register_module()
 class StreamedLabels(IterableDataset):
@@ -73,3 +75,31 @@ def test_a_streamed_dataset_trains_and_the_grid_asks_for_prompts(short_run, tmp_
     assert (tmp_path / 'run/iter_2.pth').is_file()
     with pytest.raises(ValueError, match='SampleGridHook.prompts'):
         short_run(iters=2, train_dataloader=loader(), **{'custom_hooks.1.prompts': None}).train()
+
+
+def test_grids_by_step_count_stand_beside_the_first(short_run, tmp_path):
+    """One step from noise, computed by hand: student and EMA x0 = noise - v(noise, 1), the teacher with guidance 2."""
+    runner = short_run(iters=2, **{'custom_hooks.1.interval': 2, 'custom_hooks.1.steps': [1, 2]})
+    runner.train()
+    images = {p.name for p in (tmp_path / 'run').glob('*/vis_data/vis_image/*')}
+    assert images == {f'samples{grid}_{step}.png' for grid in ('', '_1_steps', '_2_steps') for step in (0, 2)}
+    hook = next(h for h in runner.hooks if type(h).__name__ == 'SampleGridHook')
+    rows, method = hook.rows(runner, 1), runner.model
+    assert list(rows) == ['student, 1 step', 'EMA, 1 step', 'teacher, 1 step', 'teacher, 28 steps']
+    noise = torch.randn(method.latent_shape(10), generator=stream(hook.seed, 'sample_grid'))
+    condition, null = hook._get_condition(runner, method), method.null_condition(10)
+    with torch.no_grad():
+        own, given, without = (method.velocity(role, noise, torch.ones(10), c) for role, c in (
+            ('student', condition), ('teacher', condition), ('teacher', null)))
+        with method.student_ema.applied():
+            averaged = method.velocity('student', noise, torch.ones(10), condition)
+    for name, velocity in [('student, 1 step', own), ('EMA, 1 step', averaged),
+                           ('teacher, 1 step', without + 2 * (given - without))]:
+        torch.testing.assert_close(rows[name], method.backbone.codec.decode(noise - velocity), rtol=0, atol=1e-5)
+    assert torch.equal(rows['teacher, 28 steps'], hook.rows(runner)['teacher, 28 steps'])
+    assert hook.rows(runner, 2)['student, 2 steps'].shape == (10, 1, 16, 16)
+
+
+def test_grids_of_no_steps_are_refused(short_run):
+    with pytest.raises(ValueError, match=r'SampleGridHook.steps must be whole numbers of 1 or more, but is \[4, 0\]'):
+        short_run(iters=2, **{'custom_hooks.1.steps': [4, 0]})

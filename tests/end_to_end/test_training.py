@@ -80,7 +80,9 @@ def test_tensorboard_shows_the_run(short_run, tmp_path):
         values = [event.value for event in events.Scalars(tag)]
         assert all(math.isfinite(v) for v in values), tag
     assert -1 <= events.Scalars('cosine_ca_dm')[-1].value <= 1
-    assert 'train/anchor_sigma_histogram' in tags['histograms']
+    for event in events.Histograms('train/anchor_sigma_histogram'):
+        assert torch.tensor(event.histogram_value.bucket_limit).diff().sub(0.02).abs().max() < 1e-6
+        assert sum(event.histogram_value.bucket) == 4 * 4
     assert [event.step for event in events.Images('samples')] == [0, 4, 8]
 
 
