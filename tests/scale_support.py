@@ -14,8 +14,9 @@ import torch
 
 from cdm_plugin.draws import Draws
 
-# Processes are forked from one that has imported everything, which takes seconds, and has done nothing else.
-processes = multiprocessing.get_context('forkserver')
+# Processes are forked from one that has imported everything, which takes seconds, and has done nothing else. CUDA does
+# not survive a fork.
+processes = multiprocessing.get_context('spawn' if torch.cuda.is_available() else 'forkserver')
 processes.set_forkserver_preload(['cdm_plugin', 'cdm_plugin.cli', 'cdm_plugin.export', 'cdm_plugin.inference'])
 
 

@@ -161,6 +161,15 @@ def test_flexible_runner_resumes_a_moved_run(tmp_path):
     assert len(runner.message_hub.get_scalar('train/loss_student').data[0]) == 4
 
 
+def test_flexible_runner_takes_the_configs_that_runner_takes(tmp_path):
+    cfg = config(tmp_path, 'compat_bare', 2, param_scheduler=None)
+    for key in ('env_cfg', 'launcher'):
+        cfg.pop(key, None)
+    FlexibleRunner.from_cfg(cfg).train()
+    assert (tmp_path / 'iter_2.pth').is_file()
+    assert 'env_cfg' not in cfg and 'launcher' not in cfg
+
+
 def test_tensorboard_and_images_are_written(runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     _, half = runs

@@ -1,12 +1,11 @@
 """DeepSpeed under MMEngine's FlexibleRunner: one engine a trained role, partitioned frozen networks."""
-import contextlib
 import copy
 import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import mmengine
 import torch
@@ -22,50 +21,10 @@ from torch import Tensor, nn
 
 from cdm_plugin.engine.deepspeed_config import check_config, engine_config, import_deepspeed, initialize
 from cdm_plugin.engine.launch import start_processes
-from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, RoleOptimWrapperDict
+from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, EngineOptimWrapper, RoleOptimWrapperDict
 from cdm_plugin.engine.partition import build_partitioned, partition_frozen
 from cdm_plugin.engine.shards import Shards, is_sharded, layout_of, read_common, read_pieces, read_whole, write
 from cdm_plugin.mmengine_compat import plain
-
-class EngineOptimWrapper(OptimWrapper):
-    """A role's optimizer inside its DeepSpeed engine, which also clips, reduces and accumulates.
-
-    Args:
-        engine (DeepSpeedEngine): The role's engine.
-        wrapper (OptimWrapper): What the config's optimizer wrapper would be without DeepSpeed.
-    """
-
-    def __init__(self, engine: Any, wrapper: OptimWrapper) -> None:
-        super().__init__(wrapper.optimizer, wrapper._accumulative_counts)
-        self.base_param_settings = wrapper.base_param_settings
-        self.engine, self.logs_norm = engine, bool(wrapper.clip_grad_kwargs)
-        self.grad_norm: Optional[Tensor] = None
-
-    def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
-        """Backward and, when enough has been accumulated, an optimizer step."""
-        self.backward(self.scale_loss(loss))
-        self.step()
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """The engine's backward; gradients are reduced when this is the last pass before a step."""
-        self._inner_count += 1
-        self.engine.set_gradient_accumulation_boundary(self.should_update())
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def step(self, **kwargs: Any) -> None:
-        """The engine's step, which does nothing before the accumulation is complete."""
-        self.engine.step()
-        if self.should_update() and self.logs_norm:
-            norm = self.engine.get_global_grad_norm()
-            self.grad_norm = None if norm is None else torch.as_tensor(norm)
-
-    def zero_grad(self, **kwargs: Any) -> None:
-        """Nothing to do: the engine's step does it."""
-
-    @contextlib.contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Nothing to do: the engine knows precision and synchronisation."""
-        yield
 
 
 @STRATEGIES.register_module()

@@ -50,6 +50,47 @@ class AutocastOptimWrapper(RoleOptimWrapper):
             yield
 
 
+class EngineOptimWrapper(OptimWrapper):
+    """A role's optimizer inside its DeepSpeed engine, which also clips, reduces and accumulates.
+
+    Args:
+        engine (DeepSpeedEngine): The role's engine.
+        wrapper (OptimWrapper): What the config's optimizer wrapper would be without DeepSpeed.
+    """
+
+    def __init__(self, engine: Any, wrapper: OptimWrapper) -> None:
+        super().__init__(wrapper.optimizer, wrapper._accumulative_counts)
+        self.base_param_settings = wrapper.base_param_settings
+        self.engine, self.logs_norm = engine, bool(wrapper.clip_grad_kwargs)
+        self.grad_norm: Optional[Tensor] = None
+
+    def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
+        """Backward and, when enough has been accumulated, an optimizer step."""
+        self.backward(self.scale_loss(loss))
+        self.step()
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """The engine's backward; gradients are reduced when this is the last pass before a step."""
+        self._inner_count += 1
+        self.engine.set_gradient_accumulation_boundary(self.should_update())
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, **kwargs: Any) -> None:
+        """The engine's step, which does nothing before the accumulation is complete."""
+        self.engine.step()
+        if self.should_update() and self.logs_norm:
+            norm = self.engine.get_global_grad_norm()
+            self.grad_norm = None if norm is None else torch.as_tensor(norm)
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Nothing to do: the engine's step does it."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Nothing to do: the engine knows precision and synchronisation."""
+        yield
+
+
 class RoleOptimWrapperDict(OptimWrapperDict):
     """OptimWrapperDict whose accumulation counters survive a resume: the student's counts its own steps only."""
 

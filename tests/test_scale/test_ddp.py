@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,9 @@ def test_hooks_write_once(run):
     folder, _ = run
     assert (folder / 'whole/export/samples/0000.png').is_file()
     load_method(str(folder / 'whole/export'), device='cpu')
-    assert len(list((folder / 'whole').glob('*/vis_data/vis_image/samples_*.png'))) == 3
+    files = (folder / 'whole').glob('*/vis_data/vis_image/samples*.png')
+    grids = Counter(file.stem.rsplit('_', 1)[0] for file in files)
+    assert grids == {'samples': 3, **{f'samples_{steps}_steps': 3 for steps in (1, 2, 8)}}
 
 
 def test_what_ranks_must_agree_on(run):

@@ -234,3 +234,11 @@ def test_deepspeed_launches_cdm_train(tmp_path):
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / 'run/iter_2.pth').iterdir()) == [
         'common.pth', 'rank_0.pth', 'rank_1.pth']
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_one_gpu_trains_every_stage_in_bfloat16(name, tmp_path):
+    launch(train, str(tmp_path), dict(STRATEGIES[name], bf16=dict(enabled=True)), iters=8, world_size=1)
+    state = checkpoint(tmp_path / 'iter_8.pth')['state_dict']
+    assert state and all(weight.isfinite().all() for weight in state.values())
