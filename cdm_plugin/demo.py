@@ -52,16 +52,18 @@ class Judge:
     Args:
         method (Distillation): Method with the teacher.
         num_samples (int): Samples of every row.
+        reference (Tensor, optional): Features of the reference, (num_samples, 64), from an earlier judge.
     """
 
-    def __init__(self, method: Distillation, num_samples: int) -> None:
+    def __init__(self, method: Distillation, num_samples: int, reference: Optional[Tensor] = None) -> None:
         self.method, self.guidance = method, 1 + method.alpha
         self.classifier = DigitClassifier.from_pretrained()
         self.labels = [i % 10 for i in range(num_samples)]
         self.noise = self._noise('demo')
         # The reference has noise of its own, so that the teacher's own row shows the floor of the estimate.
-        reference = self.sample('teacher', 50, self._noise('reference'))
-        self.reference = classifier_features(reference, self.classifier)
+        if reference is None:
+            reference = classifier_features(self.sample('teacher', 50, self._noise('reference')), self.classifier)
+        self.reference = reference
 
     def _noise(self, name: str) -> Tensor:
         return torch.randn(self.method.latent_shape(len(self.labels)), generator=stream(name))

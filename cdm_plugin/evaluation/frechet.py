@@ -22,7 +22,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         ValueError: A set is not two-dimensional, has fewer than 2 samples or holds NaN or infinity, or the two
             differ in D.
     """
-    a, b = _checked(features_a, 'features_a'), _checked(features_b, 'features_b')
+    a, b = checked_features(features_a, 'features_a'), checked_features(features_b, 'features_b')
     if a.shape[1] != b.shape[1]:
         raise ValueError(f'features_a and features_b must have the same width, got {a.shape[1]} and {b.shape[1]}: '
                          'take both from the same classifier')
@@ -35,7 +35,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(distance.item(), 0.)  # equal sets come out at +-1e-15
 
 
-def _checked(features: Tensor, name: str) -> Tensor:
+def checked_features(features: Tensor, name: str) -> Tensor:
+    """A set of features, (N, D), as float64 on the CPU; anything else is refused by `name`."""
     # .cpu() before .double(): some accelerators have no float64
     features = torch.as_tensor(features).detach().cpu().double()
     if features.ndim != 2:

@@ -1,0 +1,229 @@
+"""Does CDM beat DMD2 on the digits, and why? Every row of `digits_study_plan.py`, each on several seeds.
+
+    python benchmarks/digits_study.py --budget-minutes 60       # goes on where the last call stopped
+    python benchmarks/digits_study_report.py                    # docs/results.md from docs/study/*.json
+
+The main rows come first, the long ones last, each seed by seed; the runs stop before the budget ends if the next would
+not fit. A finished run is never run again; one that is cut off leaves nothing. Every run trains through MMEngine's runner on one thread, and its EMA
+student is judged at 1, 2, 3, 4, 6 and 8 steps, at 4 also at a quarter, half and three quarters of its length.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import digits_study_plan as plan
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from cdm_plugin import assets
+from cdm_plugin.config import load_config
+from cdm_plugin.demo import NUM_SAMPLES, RECIPE, Judge
+from cdm_plugin.doctor.calls import expected_calls
+from cdm_plugin.evaluation import (DigitClassifier, class_accuracy, classifier_features, frechet_distance,
+                                   pixels_to_images, precision_recall)
+from cdm_plugin.inference import student_weights
+from cdm_plugin.methods import Distillation
+
+STUDENT_STEPS = (1, 2, 3, 4, 6, 8)
+HELD_OUT = 1000  # the last of the package's digits
+
+
+class Examiner:
+    """Judges samples against the guided teacher's 50-step samples and against held-out digits.
+
+    Args:
+        method (Distillation): With the teacher.
+        num_samples (int): Samples of a judgement.
+        cache (Path): Where the teacher's features are kept between runs.
+    """
+
+    def __init__(self, method: Distillation, num_samples: int, cache: Path) -> None:
+        reference = torch.load(cache, weights_only=True) if cache.is_file() else None
+        if reference is not None and len(reference) != num_samples:
+            reference = None
+        self.judge = Judge(method, num_samples, reference)
+        if reference is None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.judge.reference, cache)
+        self.real = held_out_features(self.judge.classifier)
+
+    def examine(self, role: str, steps: int, guided: bool = True) -> Dict[str, float]:
+        """Every measure of a role's samples; only a teacher can be guided."""
+        judge = self.judge
+        guidance, judge.guidance = judge.guidance, judge.guidance if guided else 1.0
+        images = judge.sample(role, steps)
+        judge.guidance = guidance
+        features = classifier_features(images, judge.classifier)
+        precision, recall = precision_recall(features, judge.reference)
+        real_precision, real_recall = precision_recall(features, self.real)
+        return dict(steps=steps, fd=round(frechet_distance(features, judge.reference), 4),
+                    fd_real=round(frechet_distance(features, self.real), 4),
+                    accuracy=class_accuracy(images, judge.labels, judge.classifier),
+                    precision=precision, recall=recall, precision_real=real_precision, recall_real=real_recall)
+
+
+def held_out_features(classifier: DigitClassifier) -> Tensor:
+    """Features of real digits that neither the teacher nor the classifier was trained on."""
+    with np.load(assets.resolve('asset:digits/digits_16.npz')) as data:
+        images = data['images'][-HELD_OUT:]
+    return classifier_features(pixels_to_images(images), classifier)
+
+
+class ExaminerHook(Hook):
+    """Judges the EMA student at 4 steps while it trains."""
+    priority = 'VERY_LOW'
+
+    def __init__(self, examiner: Examiner, student_steps: List[int]) -> None:
+        self.examiner, self.student_steps, self.curve, self.seconds = examiner, student_steps, [], 0.0
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        method = runner.model
+        done = (runner.iter + 1) / method.student_every
+        if done in self.student_steps:
+            start = time.perf_counter()
+            method.eval()
+            with student_weights(method, ema=True):
+                self.curve.append(dict(student_steps=int(done), **self.examiner.examine('student', 4)))
+            method.train()
+            self.seconds += time.perf_counter() - start
+
+
+def recipe_of(row: plan.Row) -> Config:
+    """The demo's recipe with the row's changes."""
+    cfg = load_config(RECIPE, {'model.type': row.type})
+    for key, value in row.options.items():
+        *path, last = key.split('.')
+        node = cfg._cfg_dict
+        for part in path:
+            node = node.setdefault(part, ConfigDict())
+        node[last] = copy.deepcopy(value)  # whole: no argument of what it replaces is left
+    return cfg
+
+
+def config_of(row: plan.Row, seed: int, work_dir: Path) -> Config:
+    """The config of a run: the demo's recipe with the row's changes, its schedules as long as the run."""
+    cfg = recipe_of(row)
+    iterations = student_steps_of(row) * MODELS.build(cfg.model).student_every
+    cfg.train_cfg.max_iters = iterations
+    for schedulers in cfg.param_scheduler.values():
+        schedulers[-1].end = iterations
+    cfg.randomness.seed = seed
+    cfg.work_dir = str(work_dir)
+    cfg.experiment_name = f'study-{os.getpid()}-{time.time_ns()}'
+    cfg.log_level = 'WARNING'
+    cfg.visualizer.vis_backends = []
+    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type == 'CDMHook']
+    cfg.default_hooks.update(checkpoint=None, logger=dict(type='LoggerHook', interval=10**9, log_metric_by_epoch=False))
+    return cfg
+
+
+def forwards_a_step(row: plan.Row) -> float:
+    """Expected forward passes of one student step, a sample; forward and backward count as 3."""
+    cfg = recipe_of(row)
+    method = MODELS.build(cfg.model)
+    return expected_calls(method, cfg.train_dataloader.batch_size, 1).equivalents * method.student_every
+
+
+def student_steps_of(row: plan.Row) -> int:
+    """Length of a row, in student steps."""
+    if row.forwards_of is None:
+        return row.student_steps
+    other = plan.ROWS[row.forwards_of]
+    return round(other.student_steps * forwards_a_step(other) / forwards_a_step(row))
+
+
+def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int) -> Dict[str, Any]:
+    """Trains and judges one row on one seed."""
+    cfg = config_of(row, seed, work_dir)
+    length = student_steps_of(row)
+    start = time.perf_counter()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with open(work_dir / 'log.txt', 'a') as log, contextlib.redirect_stdout(log):
+        runner = Runner.from_cfg(cfg)
+        examiner = Examiner(runner.model, num_samples, work_dir / 'reference.pt')
+        hook = ExaminerHook(examiner, [round(length * share / 4) for share in (1, 2, 3)])
+        runner.register_hook(hook)
+        trained = time.perf_counter()
+        runner.train()
+        trained = time.perf_counter() - trained - hook.seconds
+    method = runner.model.eval()
+    with student_weights(method, ema=True):
+        final = [examiner.examine('student', steps) for steps in STUDENT_STEPS]
+    return dict(seed=seed, train_seconds=round(trained, 1), seconds=round(time.perf_counter() - start, 1),
+                curve=hook.curve, final=final)
+
+
+def read(file: Path) -> Optional[Dict[str, Any]]:
+    """A row's results so far."""
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def write(file: Path, result: Dict[str, Any]) -> None:
+    """Writes them whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix('.part')
+    part.write_text(json.dumps(result, indent=None, separators=(',', ':')) + '\n')
+    os.replace(part, file)
+
+
+def teacher_rows(out: Path, work_dir: Path, num_samples: int) -> None:
+    """The teacher itself, guided and not."""
+    file = out / 'teacher.json'
+    if file.is_file():
+        return
+    examiner = Examiner(MODELS.build(load_config(RECIPE).model).eval(), num_samples, work_dir / 'reference.pt')
+    write(file, dict(num_samples=num_samples, **{
+        name: [examiner.examine('teacher', steps, guided) for steps in plan.TEACHER_STEPS]
+        for name, guided in (('guided', True), ('unguided', False))}))
+
+
+def jobs(names: List[str], max_seeds: int) -> List[Tuple[str, int]]:
+    """What is to be run, in order: main rows, then the others, then the long ones, each seed by seed."""
+    order = {'main': 0, 'length': 2}
+    wanted = [(order.get(plan.ROWS[name].group, 1), seed, name) for name in names
+              for seed in range(min(plan.ROWS[name].seeds, max_seeds))]
+    return [(name, seed) for _, seed, name in sorted(wanted, key=lambda job: job[:2])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--budget-minutes', type=float, default=float('inf'), help='default: until all is done')
+    parser.add_argument('--only', nargs='+', metavar='ROW', choices=list(plan.ROWS), help='default: all rows')
+    parser.add_argument('--max-seeds', type=int, default=plan.SEEDS, help='seeds of a row at most')
+    parser.add_argument('--num-samples', type=int, default=NUM_SAMPLES)
+    parser.add_argument('--out', type=Path, default=Path('docs/study'))
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    end = time.monotonic() + 60 * args.budget_minutes
+    teacher_rows(args.out, args.work_dir, args.num_samples)
+    for name, seed in jobs(args.only or list(plan.ROWS), args.max_seeds):
+        row, file = plan.ROWS[name], args.out / f'{name}.json'
+        result = read(file) or dict(
+            row=name, type=row.type, student_steps=student_steps_of(row), num_samples=args.num_samples,
+            forwards_a_step=round(forwards_a_step(row), 2), runs=[])
+        if seed in [done['seed'] for done in result['runs']]:
+            continue
+        spent = [done['seconds'] for done in result['runs']] or [0.4 * student_steps_of(row)]
+        if time.monotonic() + max(spent) > end:
+            print(f'the budget ends before {name}, seed {seed}')
+            return
+        done = run(row, seed, args.work_dir, args.num_samples)
+        result['runs'].append(done)
+        write(file, result)
+        at = {entry['steps']: entry['fd'] for entry in done['final']}
+        print(f'{name}, seed {seed}: {at}, {done["seconds"]:.0f} s', flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,104 @@
+"""The rows of the study on the digits: what each changes of the demo's recipe, how long it trains, on how many seeds."""
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional
+
+STEPS = 200  # student steps of a row, half of the demo's
+SEEDS = 5
+TEACHER_STEPS = (1, 2, 3, 4, 6, 8, 50)
+
+# The demo's recipe is the consistent one; these four settings make it the published one.
+UNAWARE = {'model.anchor_aware_fake': False}
+CAPPED = {'model.losses.ca.sigma': dict(type='CappedUniformSigma')}
+UNGUIDED = {'model.losses.cdm.guided': False}
+UNIFORM = {'model.losses.cdm.point_sigma': dict(type='UniformSigma', low=0.0, high=1.0)}
+PUBLISHED = {**UNAWARE, **CAPPED, **UNGUIDED, **UNIFORM}
+NO_CA, NO_DM, NO_CDM = ({f'model.losses.{name}': None} for name in ('ca', 'dm', 'cdm'))
+FIXED_GRID = {'model.time_grid': dict(type='FixedTimeGrid')}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the study.
+
+    Attributes:
+        type (str): `model.type`.
+        options (dict): Dotted config key -> value, over the demo's recipe.
+        student_steps (int): Length.
+        seeds (int): Runs wanted.
+        group (str): Table of the report.
+        forwards_of (str, optional): Name of a row: train for as many network forwards as it, not for as many steps.
+    """
+    type: str = 'CDM'
+    options: Dict[str, Any] = field(default_factory=dict)
+    student_steps: int = STEPS
+    seeds: int = SEEDS
+    group: str = 'main'
+    forwards_of: Optional[str] = None
+
+
+def _without(*changes: Dict[str, Any]) -> Dict[str, Any]:
+    """The published recipe with those of the four settings that `changes` name as in the consistent one."""
+    kept = {key for change in changes for key in change}
+    return {key: value for key, value in PUBLISHED.items() if key not in kept}
+
+
+def _rows() -> Dict[str, Row]:
+    """In the order in which they run."""
+    rows = {
+        'dmd2': Row('DMD2', PUBLISHED),
+        'dmd2-aware': Row('DMD2'),
+        'decoupled-dmd': Row('DecoupledDMD', PUBLISHED),
+        'decoupled-dmd-aware': Row('DecoupledDMD'),
+        'cdm': Row('CDM', PUBLISHED),
+        'cdm-aware': Row('CDM', _without(UNAWARE)),
+        'cdm-consistent': Row('CDM'),
+        'cdm-consistent-400': Row('CDM', student_steps=400),
+    }
+    # The published grid and loss, each with and without the other, on the consistent recipe. Fixed without the loss is
+    # decoupled-dmd-aware.
+    rows['dynamic-grid-without-cdm'] = Row('CDM', NO_CDM, group='grid')
+    rows['fixed-grid-with-cdm'] = Row('CDM', FIXED_GRID, group='grid')
+    for name in ('dmd2-aware', 'decoupled-dmd-aware'):
+        rows[f'{name}-equal-forwards'] = Row(rows[name].type, group='forwards', forwards_of='cdm-consistent')
+    names = {'uncapped': CAPPED, 'guided': UNGUIDED, 'aware': UNAWARE, 'anchor-points': UNIFORM}
+    for a, change in names.items():
+        if a != 'aware':
+            rows[f'cdm-{a}'] = Row('CDM', _without(change), group='changes')
+    for i, (a, one) in enumerate(names.items()):
+        for b, other in list(names.items())[i + 1:]:
+            rows[f'cdm-{a}-{b}'] = Row('CDM', _without(one, other), group='changes')
+    rows['decoupled-dmd-uncapped'] = Row('DecoupledDMD', UNAWARE, group='changes')
+    rows['decoupled-dmd-capped-aware'] = Row('DecoupledDMD', CAPPED, group='changes')
+    rows.update({
+        'ca-only': Row('CDM', {**NO_DM, **NO_CDM}, group='ablations'),
+        'dm-only': Row('CDM', {**NO_CA, **NO_CDM}, group='ablations'),
+        'cdm-only': Row('CDM', {**NO_CA, **NO_DM}, group='ablations'),
+        'without-ca': Row('CDM', NO_CA, group='ablations'),
+        'without-dm': Row('CDM', NO_DM, group='ablations'),
+        'points-on-trajectory': Row('CDM', {'model.losses.cdm.points': 'on-trajectory'}, group='ablations'),
+        'points-noised': Row('CDM', {'model.losses.cdm.points': 'noised'}, group='ablations'),
+        'max-steps-4': Row('CDM', {'model.time_grid.max_steps': 4}, group='ablations'),
+        'max-steps-8': Row('CDM', {'model.time_grid.max_steps': 8}, group='ablations'),
+        'max-steps-14': Row('CDM', {'model.time_grid.max_steps': 14}, group='ablations'),
+        'grid-sigma-low': Row('CDM', {'model.time_grid.low': 0.05}, group='ablations'),
+        'grid-sigma-high': Row('CDM', {'model.time_grid.low': 0.5}, group='ablations'),
+        'ca-capped': Row('CDM', CAPPED, group='ablations'),
+        'without-fake-merge': Row('CDM', {'model.fake_merge': 0.0}, group='ablations'),
+        'student-every-1': Row('CDM', {'model.student_every': 1}, group='ablations'),
+        'student-every-5': Row('CDM', {'model.student_every': 5}, group='ablations'),
+    })
+    published = {'fixed-grid': FIXED_GRID, 'without-cdm': NO_CDM, 'points-on-trajectory': {
+        'model.losses.cdm.points': 'on-trajectory'}, 'points-noised': {'model.losses.cdm.points': 'noised'}}
+    for name, change in published.items():
+        rows[f'published-{name}'] = Row('CDM', {**PUBLISHED, **change}, group='published')
+    small = {f'optim_wrapper.{role}.optimizer.lr': lr for role, lr in (('student', 1e-5), ('fake', 5e-6))}
+    rows['published-alpha-7'] = Row('CDM', {**PUBLISHED, 'model.alpha': 7.0}, group='drift')
+    rows['published-small-rates'] = Row('CDM', {**PUBLISHED, **small}, group='drift')
+    rows['published-batch-128'] = Row('CDM', {**PUBLISHED, 'train_dataloader.batch_size': 128}, group='drift')
+    for steps in (400, 800, 1600):  # the demo's length, twice and four times as much
+        for name in ('cdm-consistent', 'dmd2-aware', 'decoupled-dmd-aware', 'cdm-aware', 'dmd2', 'decoupled-dmd'):
+            rows.setdefault(f'{name}-{steps}', Row(rows[name].type, rows[name].options, steps, group='length'))
+    return rows
+
+
+ROWS = _rows()
