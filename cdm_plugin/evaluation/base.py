@@ -6,10 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
 from mmengine.device import get_device
 from mmengine.dist import get_world_size
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
+
+# Packages whose own requirements would replace this environment's, or are not needed for what is used of them.
+INSTALL = {'hpsv3': 'pip install --no-deps hpsv3', 'torch_fidelity': 'pip install --no-deps torch-fidelity'}
 
 
 class MissingMetric(Exception):
@@ -114,7 +118,6 @@ class ImageMetric(BaseMetric):
             index (Tensor): int64 (N,); images of one prompt share it.
         """
 
-    @torch.no_grad()
     def rows(self, images: Sequence[Tensor] | Tensor, prompts: Sequence) -> Tensor:
         """Judges images in batches.
 
@@ -133,6 +136,11 @@ class ImageMetric(BaseMetric):
             raise ValueError(f'{self.name} needs one prompt an image, got {len(images)} images, {len(prompts)} prompts')
         self._check(images)
         self.prepare()
+        return self.judge_all(images, prompts)
+
+    @torch.no_grad()
+    def judge_all(self, images: Sequence[Tensor] | Tensor, prompts: Sequence) -> Tensor:
+        """`judge` in batches, of a judge that is loaded and images that are checked; as `rows`."""
         chunks = []
         for start, stop in _chunks([tuple(image.shape) for image in images], self.batch_size):
             batch = torch.stack([image.to(self.device).float().clamp(-1, 1) for image in images[start:stop]])
@@ -178,23 +186,24 @@ class ImageMetric(BaseMetric):
         return self.value(self.judged.rows, self.judged.prompts, self.judged.index)
 
     @contextlib.contextmanager
-    def needs(self, pretrained: str, key: str = 'pretrained', files: str = '') -> Iterator[None]:
+    def needs(self, pretrained: str, key: str = 'pretrained', get: str | None = None) -> Iterator[None]:
         """Turns what loading raises when something is not there into a `MissingMetric`.
 
         Args:
-            pretrained (str): The hub id or the path that is being loaded.
+            pretrained (str): The hub id, the path or the URL that is being loaded.
             key (str): The metric's argument that names it.
-            files (str): Names of the files needed, for `hf download`; empty is all of them.
+            get (str, optional): The command that gets it. Defaults to None: `hf download` of a hub id.
         """
         try:
             yield
         except ImportError as error:
             package = (error.name or str(error)).split('.')[0]
-            raise MissingMetric(f'{self.name} needs the package {package}: pip install {package}') from error
-        except OSError as error:  # what transformers and huggingface_hub raise for absent files and unreachable hubs
-            get = f'hf download {pretrained} {files}'.strip()
-            raise MissingMetric(f'{self.name} has no weights at {pretrained!r}: run `{get}` where the hub can be '
-                                f'reached, or set `{key}` of {self.name} to where they lie') from error
+            install = INSTALL.get(package, f'pip install {package}')
+            raise MissingMetric(f'{self.name} needs the package {package}: {install}') from error
+        except (OSError, HFValidationError) as error:  # absent files, unreachable hubs, paths taken for hub ids
+            get = get or f'hf download {pretrained}'
+            raise MissingMetric(f'{self.name} has no weights at {pretrained!r}: run `{get}` where there is a network, '
+                                f'or set `{key}` of {self.name} to where they lie') from error
 
     def _check(self, images: Iterable[Tensor]) -> None:
         bad = 0
@@ -218,6 +227,18 @@ class ScoreMetric(ImageMetric):
 
     def judge(self, images: Tensor, prompts: list) -> Tensor:
         return self.scores(images, prompts)
+
+    def texts(self, prompts: list) -> list[str]:
+        """The prompts of a judge that reads text.
+
+        Raises:
+            ValueError: A prompt is no str.
+        """
+        wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+        if wrong is not None:
+            raise ValueError(f'{self.name} reads prompts, which must be text, got {wrong!r}: take {self.name} out of '
+                             'the metrics of this model')
+        return prompts
 
     def value(self, rows: Tensor, prompts: list, index: Tensor) -> dict[str, float]:
         return {self.key: rows.double().mean().item()}

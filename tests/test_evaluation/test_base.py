@@ -32,7 +32,7 @@ class Absent(ScoreMetric):
     key = 'absent'
 
     def load(self):
-        with self.needs('nobody/nothing', 'weights', 'judge.safetensors'):
+        with self.needs('nobody/nothing', 'weights', 'hf download nobody/nothing judge.bin'):
             raise FileNotFoundError('gone')
 
     def scores(self, images, prompts):
@@ -81,8 +81,8 @@ def test_what_is_missing_is_known_before_and_stops_nothing_else():
     ready, missing = prepare_metrics(metrics)
     assert ready == [metrics[0], metrics[3]]
     assert missing == {
-        'Absent': "Absent has no weights at 'nobody/nothing': run `hf download nobody/nothing judge.safetensors` where "
-                  'the hub can be reached, or set `weights` of Absent to where they lie',
+        'Absent': "Absent has no weights at 'nobody/nothing': run `hf download nobody/nothing judge.bin` where "
+                  'there is a network, or set `weights` of Absent to where they lie',
         'Unpackaged': 'Unpackaged needs the package cdm_no_such_package: pip install cdm_no_such_package'}
     with pytest.raises(MissingMetric):
         metrics[1].rows([torch.zeros(3, 4, 4)], ['a'])
