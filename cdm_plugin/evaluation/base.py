@@ -1,4 +1,4 @@
-"""What every metric of generated images shares: judges that load lazily, batches, ranks and resumes merged by prompt."""
+"""What all metrics of generated images share: judges that load lazily, batches, ranks and resumes merged by prompt."""
 import contextlib
 import dataclasses
 from abc import abstractmethod

@@ -81,19 +81,24 @@ class DPGBench(ScoreMetric):
         if questions is None:
             raise ValueError(f'{self.name} has no questions about {prompt!r}: take the prompts of '
                              f'{self.questions_path}')
-        answers = self._answers(pixels, [question.text for question in questions.values()])
-        return 100 * share_of_yes(questions, dict(zip(questions, answers)))
+        answers = self.answer(pixels, [question.text for question in questions.values()])
+        yes = {number: answer.strip().lower() == 'yes' for number, answer in zip(questions, answers)}
+        return 100 * share_of_yes(questions, yes)
 
-    def _answers(self, pixels: Tensor, questions: list[str]) -> list[bool]:
-        """Whether BLIP answers yes to each question about one preprocessed image (C, H, W)."""
-        answers = []
-        for start in range(0, len(questions), self.batch_size):
-            tokens = self.tokenizer(questions[start:start + self.batch_size], padding=True, return_tensors='pt')
-            output = self.model.generate(
-                input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device),
-                pixel_values=pixels.expand(len(tokens.input_ids), -1, -1, -1), max_new_tokens=10, do_sample=False)
-            answers += self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [answer.strip().lower() == 'yes' for answer in answers]
+    def answer(self, pixels: Tensor, questions: list[str]) -> list[str]:
+        """What BLIP answers to each question about one preprocessed image (3, H, W)."""
+        tokens = self.tokenizer(questions)['input_ids']
+        answers = {}
+        # Only equally long questions share a batch: BLIP's decoder would look at the padding of the shorter ones.
+        for length in sorted(set(map(len, tokens))):
+            places = [i for i, row in enumerate(tokens) if len(row) == length]
+            for start in range(0, len(places), self.batch_size):
+                batch = places[start:start + self.batch_size]
+                output = self.model.generate(
+                    input_ids=torch.tensor([tokens[i] for i in batch], device=self.device),
+                    pixel_values=pixels.expand(len(batch), -1, -1, -1), max_new_tokens=10, do_sample=False)
+                answers.update(zip(batch, self.tokenizer.batch_decode(output, skip_special_tokens=True)))
+        return [answers[i] for i in range(len(questions))]
 
 
 def share_of_yes(questions: dict[int, Question], answers: dict[int, bool]) -> float:

@@ -17,7 +17,8 @@ from .base import ImageMetric, MissingMetric, SetMetric
 from .clip_scores import CLIP_H14, CLIPJudge
 from .weights import download_command, load_state
 
-INCEPTION = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
+INCEPTION = ('https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
+             'weights-inception-2015-12-05-6726825d.pth')
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
 
 

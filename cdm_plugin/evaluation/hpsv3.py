@@ -52,7 +52,7 @@ class HPSv3Judge(nn.Module):
         wrong = sorted([*found['missing_keys'], *found['unexpected_keys']])
         if wrong:
             raise ValueError(f'these are not the weights of HPSv3 on this base model: {wrong[0]} and {len(wrong) - 1} '
-                             'more names do not fit; set `pretrained` and `base` of HPSv3 to a pair that belongs together')
+                             'more names do not fit; set `pretrained` and `base` of HPSv3 to what belongs together')
         sizes = [*(head[f'{i}.weight'].shape[1] for i in (0, 3, 5)), len(head['5.weight'])]
         self.head = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Dropout(), nn.Linear(*sizes[1:3]), nn.ReLU(),
                                   nn.Linear(*sizes[2:]))
