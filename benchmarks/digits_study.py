@@ -118,7 +118,7 @@ def recipe_of(row: plan.Row) -> Config:
 def config_of(row: plan.Row, seed: int, work_dir: Path) -> Config:
     """The config of a run: the demo's recipe with the row's changes, its schedules as long as the run."""
     cfg = recipe_of(row)
-    iterations = student_steps_of(row) * MODELS.build(cfg.model).student_every
+    iterations = student_steps_of(row) * cfg.model.student_every
     cfg.train_cfg.max_iters = iterations
     for schedulers in cfg.param_scheduler.values():
         schedulers[-1].end = iterations

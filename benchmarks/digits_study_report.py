@@ -25,18 +25,18 @@ Every row is the demo's recipe with the changes that `benchmarks/digits_study_pl
 fake-score steps a student step for every method, where DMD2's own paper has 5), trained through MMEngine's runner. The
 EMA student is judged on {num_samples} samples from the same noise and labels: Fréchet distance (FD) to as many samples
 of the guided teacher at 50 steps, in the features of the digits' classifier; FD to 1,000 held-out real digits; the
-share of samples that the classifier sees as what was asked for; improved precision and recall against both sets (3 nearest
-neighbours). Figures are means over seeds, with the standard deviation between seeds where there are two or more.
-Forwards are network forward passes of one sample in one student step, fake-score steps and rollout included; one with a
-backward counts as 3. An FD is biased by the number of samples: the guided teacher at 50 steps, on other noise than the
-reference, is the floor.
+share of samples that the classifier sees as what was asked for; improved precision and recall against both sets (3
+nearest neighbours). Figures are means over seeds, with the standard deviation between seeds where there are two or
+more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout included; one
+with a backward counts as 3. An FD is biased by the number of samples: the guided teacher at 50 steps, on other noise
+than the reference, is the floor.
 '''
 
 GROUPS = {
     'main': ('Methods', 'Published recipes, with the anchor-aware fake score (`-aware`), and the consistent CDM.'),
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
-                'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM loss, '
-                '`aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
+                'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
+                'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
     'forwards': ('Equal forwards', 'The baselines for as many network forwards as `cdm-consistent` has in 200 student '
                  'steps.'),
     'grid': ('Time grid and CDM loss, on the consistent recipe', 'Fixed without the loss is `decoupled-dmd-aware`, '

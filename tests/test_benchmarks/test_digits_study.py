@@ -154,11 +154,11 @@ def test_a_run_that_was_cut_off_leaves_nothing_and_comes_out_the_same(short, stu
     cut = dict(whole, runs=whole['runs'][:1])
     study.write(out / 'dmd2.json', cut)
 
-    def interrupted(self, role, steps, guided=True):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(study.Examiner, 'examine', interrupted)
+        patch.setattr(study, 'run', interrupted)
         with pytest.raises(KeyboardInterrupt):
             command()
     assert read(out, 'dmd2') == cut and not list(out.glob('*.part'))
