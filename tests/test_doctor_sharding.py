@@ -19,8 +19,8 @@ from cdm_plugin.doctor.meta import build_on_meta  # noqa: E402
 from cdm_plugin.doctor.sharding import SHARINGS, chosen, memory  # noqa: E402
 
 GIB = 2**30
-# No weight of these is below the threshold that keeps it whole, what was gathered is let go at once, and the bucket, empty
-# memory, is small.
+# No weight of these is below the threshold that keeps it whole, what was gathered is let go at once, and the bucket,
+# empty memory, is small.
 ZERO = dict(reduce_bucket_size=1000, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0,
             stage3_max_live_parameters=0)
 
@@ -34,8 +34,8 @@ def wide():
 
 
 CASES = {
-    'stage 1': (dict(stage=1), False, {}), 'stage 2, bfloat16': (dict(stage=2), True, {}),
-    'stage 3': (dict(stage=3), False, {}), 'stage 3, bfloat16': (dict(stage=3), True, {}),
+    'stage 2, bfloat16': (dict(stage=2), True, {}),
+    'stage 3': (dict(stage=3), False, {}),
     'stage 3, thresholds': (dict(stage=3, stage3_param_persistence_threshold=5000), True, {}),
     'lora, stage 3': (dict(stage=3), False, dict(lora=dict(rank=16)))}
 

@@ -77,7 +77,7 @@ def test_the_published_numbers(recipe, gpus, batch, iterations, student_steps):
     # Nothing else of the method is set: its defaults are the published recipe.
     assert set(cfg.model) == {'type', 'backbone', 'sample_sigmas', 'alpha', 'image_size', 'teacher_dtype',
                               'activation_checkpointing'}
-    resolved = report_of(recipe).recipe
+    resolved = report_of(recipe, 8).recipe
     assert resolved['iterations'] == f'{iterations:,}, {student_steps:,} student steps'
     assert resolved['fake_merge'] == '0.001' and 'max_steps 28, low 0.25, high 0.95' in resolved['time grid']
 

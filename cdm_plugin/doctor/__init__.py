@@ -234,8 +234,8 @@ def _check_space(cfg: Config, report: Report, method: DiffusionModel, wrappers: 
             report.problems.append(f'about {_size(report.needed)} are needed at a time, but this GPU has '
                                    f'{_size(total)}')
         elif report.needed > 0.9 * total:
-            report.warnings.append(f'about {_size(report.needed)} of this GPU\'s {_size(total)} are needed, and CUDA and '
-                                   'the allocator take some too')
+            report.warnings.append(f'about {_size(report.needed)} of this GPU\'s {_size(total)} are needed, and CUDA '
+                                   'and the allocator take some too')
     checkpoint = cfg.get('default_hooks', {}).get('checkpoint') or {}
     folder = Path(cfg.get('work_dir') or 'work_dirs').absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free

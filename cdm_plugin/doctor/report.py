@@ -172,8 +172,8 @@ def format_report(report: Report) -> str:
     if report.sharing:
         lines += ['', 'memory of each GPU at most, estimated, by the number of GPUs', *_table(_sharing_rows(report))]
         own, count = report.own_memory, f'{report.gpus} GPU{"s" * (report.gpus > 1)}'
-        lines.append(f'  this config on {count}: {_size(own.resident)} stay on each, at most {_size(own.peak)} at a time'
-                     + (f'; {_size(own.cpu)} a process in the CPU\'s memory' if own.cpu else ''))
+        lines.append(f'  this config on {count}: {_size(own.resident)} stay on each, at most {_size(own.peak)} at a '
+                     'time' + (f'; {_size(own.cpu)} a process in the CPU\'s memory' if own.cpu else ''))
     if report.checkpoint:
         lines.append(f'  a checkpoint on disk: {_size(report.checkpoint)}')
     if report.calls is not None:

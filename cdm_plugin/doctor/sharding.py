@@ -12,9 +12,9 @@ networks run (2 in bfloat16, 4 in float32), of P trained and F frozen weights:
 | frozen weights | as in one process | b F | b F / N, and whole those below the threshold |
 | while a step runs | | (b + 4) P / N, a bucket | 4 P / N, gathered weights |
 
-What an iteration adds to that (activations) is as in one process. Stage 1 and 2 differ where gradients accumulate: stage 1
-then keeps b P of them. A bucket has `reduce_bucket_size` elements; at stage 3 each engine holds one for good, and at most
-`stage3_max_live_parameters` weights are gathered at a time, twice the largest module at least.
+What an iteration adds to that (activations) is as in one process. Stage 1 and 2 differ where gradients accumulate:
+stage 1 then keeps b P of them. A bucket has `reduce_bucket_size` elements; at stage 3 each engine holds one for good,
+and at most `stage3_max_live_parameters` weights are gathered at a time, but all of a base of LoRA adapters.
 """
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
@@ -107,7 +107,8 @@ def memory(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], parts:
         tensors = [p for p in frozen.parameters() if id(p) not in trained]
         quantized = method.backbone.quantization is not None
         own = named['base' if method.base is not None else 'teacher'].weights
-        _add_frozen(total, own if quantized else None, tensors, list(frozen.buffers()), dtype, sharing, gpus, zero)
+        _add_frozen(total, own if quantized else None, tensors, list(frozen.buffers()), dtype, sharing, gpus, zero,
+                    method.base is not None)
     for part in parts:
         if part.name == 'text encoders':
             total.resident += part.weights / (gpus if sharing.stage == 3 else 1)
@@ -152,8 +153,8 @@ def _add_engine(total: Memory, network: nn.Module, part: Part, wrapper: Any, dty
 
 
 def _add_frozen(total: Memory, quantized: Optional[float], tensors: List[Tensor], buffers: List[Tensor],
-                dtype: Optional[torch.dtype], sharing: Sharing, gpus: int, zero: Dict[str, Any]) -> None:
-    """The teacher, or the base of adapters."""
+                dtype: Optional[torch.dtype], sharing: Sharing, gpus: int, zero: Dict[str, Any], shared: bool) -> None:
+    """The teacher, or (`shared`) the base of adapters."""
     if quantized is not None:
         total.resident += quantized
         return
@@ -167,7 +168,8 @@ def _add_frozen(total: Memory, quantized: Optional[float], tensors: List[Tensor]
         total.cpu += low / gpus
     else:
         total.resident += low / gpus
-    total.step = max(total.step, _gathered(tensors, low, zero))
+    # The student calls its base twice before one backward pass, which releases the base's weights at its end only.
+    total.step = max(total.step, low if shared else _gathered(tensors, low, zero))
 
 
 def _gathered(tensors: Sequence[Tensor], low: float, zero: Dict[str, Any]) -> float:

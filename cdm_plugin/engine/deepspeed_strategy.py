@@ -177,7 +177,7 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
             engine.weight_shards = shards
             self.engines[role], self.shards[role] = engine, shards
             model._modules[role] = engine
-            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper)
+            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper, self._frozen_engines)
         self._pretrained.clear()
         self._check_merge(model)
         return model
