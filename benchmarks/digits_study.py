@@ -4,8 +4,9 @@
     python benchmarks/digits_study_report.py                    # docs/results.md from docs/study/*.json
 
 The main rows come first, the long ones last, each seed by seed; the runs stop before the budget ends if the next would
-not fit. A finished run is never run again; one that is cut off leaves nothing. Every run trains through MMEngine's runner on one thread, and its EMA
-student is judged at 1, 2, 3, 4, 6 and 8 steps, at 4 also at a quarter, half and three quarters of its length.
+not fit. A finished run is never run again; one that is cut off leaves nothing. Every run trains through MMEngine's
+runner on one thread, and its EMA student is judged at 1, 2, 3, 4, 6 and 8 steps, at 4 also at a quarter, half and three
+quarters of its length.
 """
 import argparse
 import contextlib

@@ -76,6 +76,34 @@ def test_the_point_of_cdm_is_extrapolated_and_carries_no_gradient(prediction, dr
     assert torch.equal(x[2], prediction.x[2])  # sigma_c of sample 2 is its anchor's level
 
 
+def test_points_that_the_ablations_put_in_place_of_the_extrapolated(prediction, draws):
+    anchor = prediction.detach()
+    assert CDMLoss(points='on-trajectory').point(anchor, draws) is None
+    noise = latents(3)
+    x, sigma = CDMLoss(points='noised').point(anchor, dict(draws, point_noise=noise))
+    expected = (1 - column(POINT_SIGMA)) * anchor.x0 + column(POINT_SIGMA) * noise
+    assert sigma.tolist() == POINT_SIGMA and torch.allclose(x, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize('points, names', [
+    ('extrapolated', {'sigma', 'noise', 'point_sigma'}), ('on-trajectory', {'sigma', 'noise'}),
+    ('noised', {'sigma', 'noise', 'point_sigma', 'point_noise'})])
+def test_draws_of_the_points(points, names):
+    anchors = torch.tensor(SIGMA, dtype=torch.float64)
+    context = DrawContext(stream(0, 'points'), anchors, lambda generator: torch.ones(1), SHAPE)
+    draws = CDMLoss(points=points, sigma=dict(type='CappedUniformSigma', low=0.0)).draw(context)
+    assert set(draws) == names
+    cap = draws.get('point_sigma', anchors)  # on the trajectory, the loss's own point is the anchor
+    assert (draws['sigma'] <= cap).all()
+    if points == 'noised':
+        assert draws['point_noise'].shape == SHAPE and not torch.equal(draws['point_noise'], draws['noise'])
+
+
+def test_unknown_points_are_refused():
+    with pytest.raises(ValueError, match="model.losses.cdm.points must be one of .*, but is 'somewhere'"):
+        CDMLoss(points='somewhere')
+
+
 def regression(x0, delta, reference, min_norm=0.1):
     """Written out: mean over the entries of (w delta)^2, w = 1 / max(mean|reference - x0|, min_norm)."""
     norm = [max((reference[i] - x0[i]).abs().mean().item(), min_norm) for i in range(BATCH)]
