@@ -32,7 +32,7 @@ from cdm_plugin.demo import NUM_SAMPLES, RECIPE, Judge
 from cdm_plugin.doctor.calls import expected_calls
 from cdm_plugin.evaluation import (DigitClassifier, class_accuracy, classifier_features, frechet_distance,
                                    pixels_to_images, precision_recall)
-from cdm_plugin.inference import student_weights
+from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import Distillation
 
 STUDENT_STEPS = (1, 2, 3, 4, 6, 8)
@@ -62,9 +62,8 @@ class Examiner:
     def examine(self, role: str, steps: int, guided: bool = True) -> Dict[str, Optional[float]]:
         """Every measure of a role's samples, None if they are not finite; only a teacher can be guided."""
         judge = self.judge
-        guidance, judge.guidance = judge.guidance, judge.guidance if guided else 1.0
-        images = judge.sample(role, steps)
-        judge.guidance = guidance
+        images = sample_prompts(judge.method, judge.labels, judge.noise, sigmas=step_sigmas(steps), role=role,
+                                guidance_scale=judge.guidance if role == 'teacher' and guided else 1.0)
         if not images.isfinite().all():
             return dict(steps=steps, **dict.fromkeys(MEASURES))
         features = classifier_features(images, judge.classifier)
@@ -192,7 +191,7 @@ def write(file: Path, result: Dict[str, Any]) -> None:
     """Writes them whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix('.part')
-    part.write_text(json.dumps(result, indent=None, separators=(',', ':')) + '\n')
+    part.write_text(json.dumps(result, separators=(',', ':')) + '\n')
     os.replace(part, file)
 
 

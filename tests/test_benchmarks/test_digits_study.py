@@ -175,8 +175,9 @@ def test_results_of_another_recipe_are_not_gone_on_with(short, study):
     study.write(out / 'consistent.json', result)
 
 
-def test_samples_that_are_not_finite_have_no_figures(study):
+def test_samples_that_are_not_finite_have_no_figures(study, monkeypatch):
+    monkeypatch.setattr(study, 'sample_prompts', lambda *args, **kwargs: torch.full((3, 1, 16, 16), torch.nan))
     examiner = object.__new__(study.Examiner)
-    examiner.judge = SimpleNamespace(guidance=2.0, sample=lambda role, steps: torch.full((3, 1, 16, 16), torch.inf))
+    examiner.judge = SimpleNamespace(method=None, labels=[0, 1, 2], noise=None, guidance=2.0)
     found = examiner.examine('student', 4)
     assert found.pop('steps') == 4 and set(found.values()) == {None} and list(found) == list(study.MEASURES)
