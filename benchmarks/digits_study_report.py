@@ -19,7 +19,8 @@ Table = List[List[str]]
 INTRODUCTION = '''# CDM, DMD2 and DecoupledDMD on the digits
 
 Written by `benchmarks/digits_study_report.py` from the raw results in `docs/study/`; do not edit. `python
-benchmarks/digits_study.py --budget-minutes 60` runs more of the study, from where these results stop, on any machine.
+benchmarks/digits_study.py --budget-minutes 60` runs more of the study, from where these results stop, on any machine;
+with `--only ROW ...`, several processes share the rows.
 
 Every row is the demo's recipe with the changes that `benchmarks/digits_study_plan.py` states (alpha 1, batch 32, two
 fake-score steps a student step for every method, where DMD2's own paper has 5), trained through MMEngine's runner. The
@@ -33,7 +34,8 @@ than the reference, is the floor.
 '''
 
 GROUPS = {
-    'main': ('Methods', 'Published recipes, with the anchor-aware fake score (`-aware`), and the consistent CDM.'),
+    'main': ('Methods', 'The published recipes; `-aware` with the anchor-aware fake score, and `decoupled-dmd-aware` '
+             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), also at the demo\'s length.'),
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
@@ -135,18 +137,19 @@ def teacher(result: Result) -> str:
 def coverage(results: Dict[str, Result]) -> str:
     """What has run of what is planned."""
     done = {name: len(r['runs']) for name, r in results.items()}
-    wanted = sum(row.seeds for row in plan.ROWS.values())
     seconds = sum(run['seconds'] for r in results.values() for run in r['runs'])
-    missing = [name for name in plan.ROWS if name not in done]
-    short = [f'`{name}` ({done[name]} of {row.seeds})' for name, row in plan.ROWS.items()
-             if 0 < done.get(name, 0) < row.seeds]
-    text = (f'**{sum(done.values())} of {wanted} runs are done** (a run is a row on one seed), {len(done)} of '
-            f'{len(plan.ROWS)} rows, in {seconds / 60:.0f} minutes of one CPU core.')
-    if short:
-        text += f' On fewer seeds than planned: {", ".join(short)}.'
-    if missing:
-        text += f' Not run: {", ".join(f"`{name}`" for name in missing)}.'
-    return text + '\n'
+    rows = []
+    for group, (title, _) in GROUPS.items():
+        planned = {name: row.seeds for name, row in plan.ROWS.items() if row.group == group}
+        short = [f'`{name}` {done[name]} of {seeds}' for name, seeds in planned.items()
+                 if 0 < done.get(name, 0) < seeds]
+        missing = [f'`{name}`' for name in planned if name not in done]
+        rows.append([title, f'{sum(done.get(name, 0) for name in planned)} of {sum(planned.values())}',
+                     ', '.join(short), 'all' if len(missing) == len(planned) else ', '.join(missing)])
+    wanted = sum(row.seeds for row in plan.ROWS.values())
+    return (f'**{sum(done.values())} of {wanted} runs are done** (a run is a row on one seed), {len(done)} of '
+            f'{len(plan.ROWS)} rows, in {seconds / 60:.0f} minutes of one CPU core.\n\n'
+            + markdown(['table', 'runs', 'on fewer seeds than planned', 'rows not run'], rows))
 
 
 def report(study: Path) -> str:
@@ -164,8 +167,10 @@ def report(study: Path) -> str:
     for group, (title, text) in GROUPS.items():
         rows = [r for name, r in results.items() if plan.ROWS[name].group == group]
         if rows:
-            parts += [f'## {title}\n', text + '\n', 'FD to the guided teacher\'s samples:\n', distances(rows, 'fd'),
-                      'FD to held-out real digits:\n', distances(rows, 'fd_real'), quality(rows), curves(rows)]
+            parts += [f'## {title}\n', text + '\n',
+                      'FD to the guided teacher\'s samples at the end:\n', distances(rows, 'fd'),
+                      'FD to held-out real digits at the end:\n', distances(rows, 'fd_real'),
+                      quality(rows), curves(rows)]
     if any(one in results and other in results for one, other in PAIRS):
         parts += ['## Differences\n', 'In brackets, on how many seeds the first row has the smaller FD.\n',
                   differences(results)]
