@@ -35,7 +35,7 @@ than the reference, is the floor.
 
 GROUPS = {
     'main': ('Methods', 'The published recipes; `-aware` with the anchor-aware fake score, and `decoupled-dmd-aware` '
-             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), also at the demo\'s length.'),
+             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), at the demo\'s length too.'),
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
@@ -161,7 +161,7 @@ def report(study: Path) -> str:
     parts = [INTRODUCTION.format(num_samples=f'{files[0]["num_samples"]:,}'), '## What has run\n', coverage(results)]
     findings = study / 'findings.md'
     if findings.is_file():
-        parts += ['## What it says\n', findings.read_text()]
+        parts += ['## What it says\n', findings.read_text(encoding='utf-8')]
     for result in teachers:
         parts += ['## Teacher\n', teacher(result)]
     for group, (title, text) in GROUPS.items():
@@ -184,7 +184,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     if not any(args.study.glob('*.json')):
         raise SystemExit(f'{args.study} holds no results: run benchmarks/digits_study.py first')
-    args.out.write_text(report(args.study))
+    args.out.write_text(report(args.study), encoding='utf-8')
     print(args.out)
 
 

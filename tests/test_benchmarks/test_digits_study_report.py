@@ -35,7 +35,7 @@ def test_the_report_has_means_spreads_and_differences_by_seed(plan, report, tmp_
         (tmp_path / f'{name}.json').write_text(json.dumps(result(name, fds, plan)))
     (tmp_path / 'findings.md').write_text('By hand.\n')
     report.main(['--study', str(tmp_path), '--out', str(tmp_path / 'results.md')])
-    text = (tmp_path / 'results.md').read_text()
+    text = (tmp_path / 'results.md').read_text(encoding='utf-8')
     assert '| dmd2 | 2 | 200 | 16 | 12.0 ± 2.8 |' in text  # sqrt(((10 - 12)^2 + (14 - 12)^2) / 1)
     assert '| dmd2 | 2 | 200 | 16 | 24.0 ± 5.7 |' in text  # real digits
     assert '| cdm | 2 | 200 | 16 | diverged |' in text
@@ -50,7 +50,8 @@ def test_the_report_has_means_spreads_and_differences_by_seed(plan, report, tmp_
 
 
 def test_the_report_in_the_repository_is_of_the_results_in_it(report):
-    assert (DOCS / 'results.md').read_text() == report.report(DOCS / 'study'), 'run benchmarks/digits_study_report.py'
+    page = (DOCS / 'results.md').read_text(encoding='utf-8')
+    assert page == report.report(DOCS / 'study'), 'run benchmarks/digits_study_report.py'
 
 
 def test_without_results_there_is_no_report(report, tmp_path):
