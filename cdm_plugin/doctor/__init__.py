@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import torch
 from mmengine.config import Config
@@ -36,12 +36,13 @@ PACKAGES = ('torch', 'mmengine', 'diffusers', 'transformers', 'peft', 'deepspeed
             'bitsandbytes')
 
 
-def diagnose(cfg: Config, gpus: int = 1) -> Report:
+def diagnose(cfg: Config, gpus: int = 1, table: Sequence[int] = GPUS) -> Report:
     """Examines a training config. Nothing is downloaded, and no weights are loaded.
 
     Args:
         cfg (Config): The config, not necessarily valid.
         gpus (int): Number of GPUs, one process each. Default 1.
+        table (Sequence[int]): Numbers of GPUs in the table of ways to share the work. Default 1, 2, 4, 8.
 
     Returns:
         Report: Mistakes are among its `problems`; nothing is raised for them.
@@ -67,7 +68,7 @@ def diagnose(cfg: Config, gpus: int = 1) -> Report:
         with _problems(report, 'activations'):
             call = measured_calls(method, wrappers)
             report.activations, report.phases = estimate_phases(cfg, method, wrappers, batch, report.parts, call)
-            _share(cfg, method, wrappers, batch, report, call)
+            _share(cfg, method, wrappers, batch, report, call, table)
         with _problems(report):
             report.attention = _attention(method, wrappers)
     _check_space(cfg, report, method, wrappers)
@@ -75,7 +76,7 @@ def diagnose(cfg: Config, gpus: int = 1) -> Report:
 
 
 def _share(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch: int, report: Report,
-           call: Callable[..., Any]) -> None:
+           call: Callable[..., Any], table: Sequence[int]) -> None:
     """The memory for every way to share the work, and for the config's own."""
     copies, sharded = (without_gradients(cfg, method, wrappers, batch, report.parts, call, casts)
                        for casts in (True, False))
@@ -86,7 +87,8 @@ def _share(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch:
         return memory(cfg, method, wrappers, report.parts, sharded, sharing, gpus)
 
     own = chosen(cfg)
-    report.sharing = {sharing.name: [shared(sharing, n) for n in GPUS] for sharing in SHARINGS}
+    report.sharing_gpus = tuple(table)
+    report.sharing = {sharing.name: [shared(sharing, n) for n in table] for sharing in SHARINGS}
     report.own_sharing, report.own_memory = own.name, shared(own, report.gpus)
 
 

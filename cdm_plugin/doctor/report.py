@@ -89,7 +89,8 @@ class Report:
         parts (list[Part]): What stays in a GPU's memory, role by role.
         activations (dict): Call -> bytes that it adds while it runs.
         phases (dict): Phase of an iteration -> bytes on top of the parts.
-        sharing (dict): Way to share the work -> memory of one of 1, 2, 4 and 8 GPUs.
+        sharing_gpus (tuple): Numbers of GPUs in `sharing`.
+        sharing (dict): Way to share the work -> memory of one of so many GPUs.
         own_sharing (str): The config's way.
         own_memory (Memory): A GPU's memory in the config's way on `gpus`.
         checkpoint (int): Bytes of a checkpoint on disk.
@@ -106,6 +107,7 @@ class Report:
     parts: List[Part] = field(default_factory=list)
     activations: Dict[str, int] = field(default_factory=dict)
     phases: Dict[str, int] = field(default_factory=dict)
+    sharing_gpus: Tuple[int, ...] = ()
     sharing: Dict[str, List[Memory]] = field(default_factory=dict)
     own_sharing: str = ''
     own_memory: Optional[Memory] = None
@@ -195,7 +197,7 @@ def _memory_rows(report: Report) -> List[List[str]]:
 
 
 def _sharing_rows(report: Report) -> List[List[str]]:
-    rows = [['', *map(str, GPUS)]]
+    rows = [['', *map(str, report.sharing_gpus)]]
     for name, memories in report.sharing.items():
         mark = 'as this config' if name == report.own_sharing else ''
         rows.append([name, *(_size(memory.peak) for memory in memories), mark])
