@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 from torch import Tensor
 
 from cdm_plugin import assets
 
+from .base import SetMetric
 from .digit_classifier import NUM_CLASSES, NUM_FEATURES, PRETRAINED, DigitClassifier, pixels_to_images
 from .frechet import frechet_distance
 
@@ -56,11 +56,11 @@ def class_accuracy(images: Tensor, labels: Tensor | Sequence[int], classifier: D
 
 
 @METRICS.register_module()
-class DigitMetric(BaseMetric):
+class DigitMetric(SetMetric):
     """Judges generated digits with a classifier.
 
-    Each predicted sample is a dict with `image`, a tensor (1, 16, 16) in [-1, 1], and `prompt`, the digit asked for
-    (int). The metrics are `accuracy`, the share in [0, 1] of images classified as their prompt, and, where there is a
+    Each predicted sample is that of `ImageMetric`, with `image` (1, 16, 16) and `prompt` the digit asked for (int).
+    The metrics are `accuracy`, the share in [0, 1] of images classified as their prompt, and, where there is a
     reference, `fd`, the Fréchet distance to it in the classifier's 64 features (smaller is better; it falls with the
     number of samples, so compare only equal numbers).
 
@@ -69,6 +69,8 @@ class DigitMetric(BaseMetric):
             classifier. ``asset:...`` names one that the package ships, such as ``asset:digits/digits_16.npz``.
             Defaults to None: no distance.
         classifier (str): Weights of the `DigitClassifier`. Defaults to the shipped judge.
+        device (str): Where the classifier runs. Defaults to 'cpu', as it is small.
+        batch_size (int): Images in one forward pass. Defaults to 500.
         **kwargs: `collect_device`, `prefix` and `collect_dir` of MMEngine's `BaseMetric`.
 
     Raises:
@@ -77,28 +79,27 @@ class DigitMetric(BaseMetric):
     """
 
     default_prefix = 'digits'
+    key = 'accuracy'
 
-    def __init__(self, reference: str | None = None, classifier: str = PRETRAINED, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.classifier = DigitClassifier.from_pretrained(classifier)
+    def __init__(self, reference: str | None = None, classifier: str = PRETRAINED, device: str | None = 'cpu',
+                 batch_size: int = 500, **kwargs) -> None:
+        super().__init__(device=device, batch_size=batch_size, **kwargs)
+        self.classifier = DigitClassifier.from_pretrained(classifier).to(self.device)
         self.reference = None if reference is None else _reference_features(reference, self.classifier)
 
-    def process(self, data_batch: object, data_samples: Sequence[dict]) -> None:
-        """Keeps the features and the prompt of each predicted sample."""
-        images = torch.stack([sample['image'] for sample in data_samples])
-        # rows as arrays: a row of a tensor would drag its whole batch along when ranks exchange results
-        features = classifier_features(images, self.classifier).numpy()
-        prompts = [_as_digit(sample['prompt']) for sample in data_samples]
-        self.results.extend(zip(features, prompts))
+    def judge(self, images: Tensor, prompts: list) -> Tensor:
+        for prompt in prompts:
+            _as_digit(prompt)
+        return self.features(images)
 
-    def compute_metrics(self, results: list) -> dict[str, float]:
+    def features(self, images: Tensor) -> Tensor:
+        return classifier_features(images, self.classifier, self.batch_size)
+
+    def value(self, rows: Tensor, prompts: list, index: Tensor) -> dict[str, float]:
         """Returns `accuracy`, and `fd` where there is a reference."""
-        if not results:
-            raise ValueError('DigitMetric got no samples: is the val_dataloader empty?')
-        features = torch.from_numpy(np.stack([row for row, _ in results]))
-        metrics = dict(accuracy=_accuracy(features, [prompt for _, prompt in results], self.classifier))
+        metrics = dict(accuracy=_accuracy(rows, prompts, self.classifier))
         if self.reference is not None:
-            metrics['fd'] = frechet_distance(features, self.reference)
+            metrics['fd'] = frechet_distance(rows, self.reference)
         return metrics
 
 
