@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from cdm_plugin.condition import Condition
 from cdm_plugin.data import check_cache
 from cdm_plugin.engine import DistillationDataParallel, StudentEMA
-from cdm_plugin.evaluation.prepare import check_shares, prepare_metrics
+from cdm_plugin.evaluation.prepare import check_shares, prepare_on_all_ranks
 from cdm_plugin.methods import DiffusionModel
 from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
@@ -255,7 +255,7 @@ class CDMHook(Hook):
             return
         self._prepared.append(loop)
         check_shares(loop.dataloader, key)
-        loop.evaluator.metrics, _ = prepare_metrics(loop.evaluator.metrics)
+        loop.evaluator.metrics, _ = prepare_on_all_ranks(loop.evaluator.metrics)
 
     def _swap_in(self, runner: Any, loop: Any) -> None:
         method = method_of(runner)

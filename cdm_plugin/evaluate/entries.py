@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from cdm_plugin.assets import resolve
 from cdm_plugin.config import find_config, load_config
 from cdm_plugin.engine.shards import is_sharded
+from cdm_plugin.methods import Distillation
 
 NAME = re.compile(r'[\w.+-]+')
 TEACHER = 'teacher'
@@ -105,16 +107,14 @@ def _by_steps(model: Entry, steps: Sequence[Optional[int]]) -> List[Entry]:
 
 
 def _teacher_of(models: Sequence[Entry], guidance_scale: Optional[float]) -> Entry:
-    from cdm_plugin.methods import Distillation, MODELS
     for model in models:
-        if not model.is_folder and issubclass(MODELS.get(load_config(*_read(model)).model.type), Distillation):
+        if model.is_folder:
+            continue
+        method = MODELS.get(load_config(model.source, model.options).model.type)
+        if issubclass(method, Distillation):
             return replace(model, name=TEACHER, role='teacher', guidance_scale=guidance_scale)
     raise ValueError('--teacher needs the config of a distillation among the models: exported folders and configs of '
                      'FlowMatching have no teacher')
-
-
-def _read(model: Entry) -> Tuple[str, Optional[Dict[str, Any]]]:
-    return model.source, model.options
 
 
 def _parse(text: str) -> Entry:

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from mmengine.dist import barrier, get_rank, get_world_size
+from mmengine.dist import barrier, get_rank, get_world_size, is_main_process
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -31,6 +31,20 @@ def read_image(path: Path) -> Tensor:
     """An image that `generate` wrote, (3 or 1, H, W) in [-1, 1]."""
     with Image.open(path) as image:
         return to_image_tensor(np.asarray(image))
+
+
+def how_file(out: Path, entry: Entry) -> Path:
+    """Where it says how an entry's images were made: `steps`, `guidance_scale`, and network `calls` an image."""
+    return out / 'images' / entry.name / 'how.json'
+
+
+def write_json(value: Any, path: Path) -> Path:
+    """Writes a JSON file whole or not at all, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding='utf-8')
+    os.replace(part, path)
+    return path
 
 
 def check_folder(out: Path, entries: Sequence[Entry], shared: Dict[str, Any]) -> None:
@@ -63,9 +77,7 @@ def check_folder(out: Path, entries: Sequence[Entry], shared: Dict[str, Any]) ->
                                  f'another name, or delete {str(out / "images" / name)!r} and its entry in {SETTINGS}')
     out.mkdir(parents=True, exist_ok=True)
     known['models'].update(models)
-    part = file.with_suffix('.part')
-    part.write_text(json.dumps(known, indent=2, ensure_ascii=False), encoding='utf-8')
-    os.replace(part, file)
+    write_json(known, file)
 
 
 def generate(entries: Sequence[Entry], prompts: Sequence[Prompt], out: Path, seed: int = 0, batch_size: int = 4,
@@ -107,7 +119,10 @@ def _generate(method: DiffusionModel, entry: Entry, prompts: Sequence[Prompt], b
     guidance = entry.guidance_scale
     if guidance is None:
         guidance = 1 + method.alpha if entry.role == 'teacher' else 1.0
-    sigmas = None if entry.steps is None else step_sigmas(entry.steps)
+    sigmas = method.sample_sigmas if entry.steps is None else step_sigmas(entry.steps)
+    if is_main_process():
+        how = dict(steps=len(sigmas), guidance_scale=guidance, calls=len(sigmas) * (1 if guidance == 1 else 2))
+        write_json(how, how_file(out, entry))
     with student_weights(method, entry.ema), tqdm(total=sum(map(len, batches)), desc=entry.name, unit='image',
                                                   disable=get_rank() > 0) as bar:
         for batch in batches:

@@ -1,4 +1,5 @@
 """Finds out before the first image is made which metrics cannot run."""
+import logging
 from typing import Dict, List, Sequence, Tuple
 
 from mmengine.dist import all_gather_object, get_world_size
@@ -6,13 +7,13 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from torch.utils.data import DataLoader
 
-from .base import MissingMetric
+from .base import ImageMetric, prepare_metrics
 
 
-def prepare_metrics(metrics: Sequence[BaseMetric]) -> Tuple[List[BaseMetric], Dict[str, str]]:
-    """Loads what metrics need, those of this package (`ImageMetric.prepare`); others have nothing to prepare.
+def prepare_on_all_ranks(metrics: Sequence[BaseMetric]) -> Tuple[List[BaseMetric], Dict[str, str]]:
+    """Loads what the metrics of this package need; others have nothing to prepare.
 
-    Every rank must call it, and every rank leaves out the same metrics: a metric is missing if one rank lacks it.
+    Every rank must call it, and every rank leaves out the same metrics: one that any rank lacks.
 
     Args:
         metrics (Sequence[BaseMetric]): The metrics.
@@ -22,15 +23,13 @@ def prepare_metrics(metrics: Sequence[BaseMetric]) -> Tuple[List[BaseMetric], Di
     """
     lacking: Dict[int, str] = {}
     for i, metric in enumerate(metrics):
-        try:
-            getattr(metric, 'prepare', lambda: None)()
-        except MissingMetric as error:
-            lacking[i] = ' '.join(str(error).split())
+        if isinstance(metric, ImageMetric):
+            lacking.update({i: text for text in prepare_metrics([metric])[1].values()})
     for theirs in all_gather_object(lacking):
-        lacking.update({i: text for i, text in theirs.items() if i not in lacking})
+        lacking = {**theirs, **lacking}
     missing = {type(metrics[i]).__name__: text for i, text in sorted(lacking.items())}
     for name, text in missing.items():
-        print_log(f'the metric {name} is left out: {text}', 'current', level=30)
+        print_log(f'the metric {name} is left out: {text}', 'current', level=logging.WARNING)
     return [metric for i, metric in enumerate(metrics) if i not in lacking], missing
 
 
