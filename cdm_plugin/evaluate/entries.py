@@ -49,7 +49,7 @@ class Entry:
     @property
     def is_folder(self) -> bool:
         """Whether the source is a folder rather than a config."""
-        return Path(resolve(self.source)).is_dir()
+        return _is_folder(self.source)
 
     def fingerprint(self) -> Dict[str, Any]:
         """What the images depend on, as JSON values: another one makes other images.
@@ -119,16 +119,16 @@ def _teacher_of(models: Sequence[Entry], guidance_scale: Optional[float]) -> Ent
 
 def _parse(text: str) -> Entry:
     name, equals, place = text.partition('=')
-    if not equals or '/' in name:
+    if not equals or '/' in name or Path(text).is_dir():
         name, place = '', text
     source, at, checkpoint = place.rpartition('@')
-    if not at or Path(resolve(place)).is_dir():  # a folder may have an @ in its name
+    if not at or _is_folder(place):  # a folder may have an @ in its name
         source, checkpoint = place, None
-    if equals and name and not NAME.fullmatch(name):
+    if name and not NAME.fullmatch(name):
         raise ValueError(f'the name {name!r} of a model names a folder too: use letters, digits and ._+-')
     if not source or checkpoint == '':
         raise ValueError(f'{text!r} is no model: expected SOURCE, SOURCE@CHECKPOINT or NAME=SOURCE@CHECKPOINT')
-    if not Path(resolve(source)).is_dir():
+    if not _is_folder(source):
         find_config(source)
         if checkpoint is not None and not Path(checkpoint).exists():
             raise FileNotFoundError(f'there is no checkpoint {checkpoint}: give a checkpoint or a work directory after '
@@ -136,6 +136,13 @@ def _parse(text: str) -> Entry:
     elif checkpoint is not None:
         raise ValueError(f'{source!r} is a folder, which has its weights: leave @{checkpoint} out')
     return Entry(name or _name_of(source, checkpoint), source, checkpoint)
+
+
+def _is_folder(source: str) -> bool:
+    try:
+        return Path(resolve(source)).is_dir()
+    except FileNotFoundError:  # no such asset
+        return False
 
 
 def _name_of(source: str, checkpoint: Optional[str]) -> str:
