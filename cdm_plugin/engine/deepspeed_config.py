@@ -1,5 +1,6 @@
 """DeepSpeed's config: what of it a strategy with two engines takes, and where else the rest is said."""
 import copy
+import difflib
 import logging
 import warnings
 from typing import Any, Dict, Optional
@@ -26,6 +27,11 @@ def check_config(config: Dict[str, Any]) -> None:
     for key, instead in ELSEWHERE.items():
         if config.get(key):
             raise ValueError(f'strategy.{key} does not go with two engines: set {instead}')
+    from deepspeed.runtime import config as deepspeed_config  # DeepSpeed itself says nothing of keys that it ignores
+    known = sorted({value for value in vars(deepspeed_config).values() if isinstance(value, str)})
+    for key in config.keys() - {'zero_optimization', *known}:
+        for meant in difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f'strategy.{key} is unknown to DeepSpeed; did you mean {meant!r}?')
     zero = config['zero_optimization']
     zero.setdefault('stage', 2)
     if zero['stage'] not in (1, 2, 3):

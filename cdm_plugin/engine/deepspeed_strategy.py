@@ -49,6 +49,7 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         train_micro_batch_size_per_gpu (int, optional): Must be train_dataloader.batch_size. Default: that.
         **kwargs: Other sections of DeepSpeed's config, and arguments of MMEngine's BaseStrategy.
     """
+    hands_on_keys = True
 
     def __init__(self, *, config: Union[None, str, Dict[str, Any]] = None,
                  zero_optimization: Optional[Dict[str, Any]] = None, bf16: Optional[Dict[str, Any]] = None,
@@ -176,7 +177,7 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
             engine.weight_shards = shards
             self.engines[role], self.shards[role] = engine, shards
             model._modules[role] = engine
-            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper)
+            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper, self._frozen_engines)
         self._pretrained.clear()
         self._check_merge(model)
         return model
