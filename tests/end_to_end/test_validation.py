@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler
+from mmengine.runner import Runner
 from PIL import Image
 from recipes import CDM, shipped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,13 +20,22 @@ METRICS = [dict(type='RecordingMetric'), dict(type='AbsentMetric'),
            dict(type='DigitMetric', reference='asset:digits/teacher_features.npz')]
 
 
-@pytest.fixture
-def validated(short_run, tmp_path):
-    """A run of 4 iterations that validates after 2 and 4, and its log."""
-    runner = short_run(iters=4, val_evaluator=METRICS, **{
-        'train_cfg.val_interval': 2, 'val_dataloader.dataset.length': COUNT, 'val_dataloader.batch_size': 5})
+def train(work_dir, **options):
+    """A run of a few iterations without other pictures than the validation's; its runner and its log."""
+    runner = Runner.from_cfg(load_config(CDM, {
+        'train_cfg.max_iters': 4, 'train_cfg.val_interval': 2, 'train_dataloader.batch_size': 2,
+        'val_dataloader.dataset.length': COUNT, 'val_dataloader.batch_size': 5, 'default_hooks.logger.interval': 1,
+        'custom_hooks': [dict(type='CDMHook'), dict(type='ValidationGridHook')], 'work_dir': str(work_dir),
+        'experiment_name': f'validation-{work_dir.name}', **options}))
     runner.train()
-    return runner, next((tmp_path / 'run').glob('*/*.log')).read_text()
+    return runner, next(work_dir.glob('*/*.log')).read_text()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """Folder, runner and log of a run that validates after iterations 2 and 4."""
+    folder = tmp_path_factory.mktemp('validation') / 'run'
+    return folder, *train(folder, val_evaluator=METRICS)
 
 
 def by_hand(method):
@@ -35,15 +45,14 @@ def by_hand(method):
         return method.sample(method.backbone.condition(dict(prompt=torch.arange(COUNT) % 10)), noise)
 
 
-def test_scalars_and_pictures_of_the_ema_student_are_in_tensorboard(validated, tmp_path):
-    runner, log = validated
-    (folder,) = (tmp_path / 'run').glob('*/vis_data')
+def test_scalars_and_pictures_of_the_ema_student_are_in_tensorboard(run):
+    root, runner, _ = run
+    (folder,) = root.glob('*/vis_data')
     events = EventAccumulator(str(folder)).Reload()
     for name in ('digits/accuracy', 'digits/fd', 'images/mean'):
         assert [event.step for event in events.Scalars(name)] == [2, 4], name
     assert [event.step for event in events.Images('validation')] == [2, 4]
     assert 'images/absent' not in events.Tags()['scalars']
-    recorded, _, digits = METRICS
     metric = runner.val_loop.evaluator.metrics[0]
     expected = by_hand(runner.model)
     judged = metric.judged
@@ -56,30 +65,27 @@ def test_scalars_and_pictures_of_the_ema_student_are_in_tensorboard(validated, t
     assert sheet.shape == grid.shape and (sheet != grid).mean() < 1e-3
 
 
-def test_a_missing_metric_is_reported_before_training_and_the_others_run(validated):
-    runner, log = validated
+def test_a_missing_metric_is_reported_before_training_and_the_others_run(run):
+    _, runner, log = run
     assert log.index('AbsentMetric is left out: AbsentMetric has no weights') < log.index('Iter(train)')
     assert [type(m).__name__ for m in runner.val_loop.evaluator.metrics] == ['RecordingMetric', 'DigitMetric']
 
 
-def test_validation_repeats_itself_and_changes_no_training(validated, short_run, tmp_path):
-    runner, _ = validated
-    runner.val_loop.dataloader.batch_sampler.batch_size = 4
+def test_validation_repeats_itself_in_other_batches(run):
+    _, runner, _ = run
     first = runner.val_loop.evaluator.metrics[0].judged.rows
-    metrics = runner.val_loop.run()
-    assert metrics['images/count'] == COUNT
+    runner.val_loop.dataloader.batch_sampler.batch_size = 4
+    assert runner.val_loop.run()['images/count'] == COUNT
     assert torch.allclose(runner.val_loop.evaluator.metrics[0].judged.rows, first, atol=1e-5)
-    without = short_run(iters=4, work_dir=tmp_path / 'without', **{'train_cfg.val_interval': 100})
-    without.val_loop.run = lambda: None
-    without.train()
-    a, b = (torch.load(tmp_path / name / 'iter_4.pth', weights_only=True) for name in ('run', 'without'))
+
+
+def test_validation_changes_no_training_and_goes_on_without_a_metric(run, tmp_path):
+    """A run that validates once, with no metric left, against one that does so twice."""
+    train(tmp_path / 'other', val_evaluator=dict(type='AbsentMetric', _delete_=True), **{'train_cfg.val_interval': 3})
+    assert {p.name for p in tmp_path.rglob('validation_*.png')} == {'validation_3.png', 'validation_4.png'}
+    a, b = (torch.load(folder / 'iter_4.pth', weights_only=True) for folder in (run[0], tmp_path / 'other'))
     for part in ('state_dict', 'student_ema', 'optimizer'):
         same_bits(a[part], b[part], part)
-
-
-def test_without_any_metric_left_the_pictures_remain(short_run, tmp_path):
-    short_run(iters=2, val_evaluator=dict(type='AbsentMetric', _delete_=True)).train()
-    assert list((tmp_path / 'run').glob('*/vis_data/vis_image/validation_2.png'))
 
 
 def test_an_unknown_metric_is_found_in_the_config():
