@@ -98,11 +98,9 @@ def generate(entries: Sequence[Entry], prompts: Sequence[Prompt], out: Path, see
     Raises:
         ValueError: If an image holds NaN or infinity.
     """
-    starts = range(0, len(prompts), batch_size)
-    own = list(starts)[get_rank()::get_world_size()]
-    todo = {entry: [range(i, min(i + batch_size, len(prompts))) for i in own
-                    if not all(image_file(out, entry, j).is_file() for j in range(i, min(i + batch_size, len(prompts))))]
-            for entry in entries}
+    batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    todo = {entry: [batch for batch in batches[get_rank()::get_world_size()]
+                    if not all(image_file(out, entry, i).is_file() for i in batch)] for entry in entries}
     for model in dict.fromkeys(entry.model for entry in entries):
         group = [entry for entry in entries if entry.model == model and todo[entry]]
         if group:

@@ -92,10 +92,10 @@ def format_table(how: Dict[str, Dict[str, Any]], scores: Dict[str, Scores]) -> s
 def _page(about: Dict[str, Any], table: str, rates: Sequence[Win], models: Sequence[str],
           missing: Dict[str, str]) -> str:
     count, percent = about['prompts'], f'{100 * about["confidence"]:g}%'
-    parts = [f'{count} prompts of `{about["prompts_file"]}`, an image each, seed {about["seed"]}; every model starts from '
-             f'the same noise. In brackets: {percent} intervals over prompts, of means of scores by a bootstrap with '
-             f'{about["resamples"]} resamples, of values of whole sets by a jackknife that leaves out a tenth at a '
-             'time (a bootstrap would count doubles).', table]
+    parts = [f'{count} prompts of `{about["prompts_file"]}`, an image each, seed {about["seed"]}; every model starts '
+             f'from the same noise. In brackets: {percent} intervals over prompts, of means of scores by a bootstrap '
+             f'with {about["resamples"]} resamples, of values of whole sets by a jackknife that leaves out a tenth at '
+             'a time (a bootstrap would count doubles).', table]
     for metric in dict.fromkeys(win.metric for win in rates):
         cells = {(win.model, win.over): _cell(win.rate) for win in rates if win.metric == metric}
         rows = [['', *models], *([a, *(cells.get((a, b), '') for b in models)] for a in models)]
