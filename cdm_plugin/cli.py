@@ -139,25 +139,24 @@ def compare(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Makes images of several models from the same noise, scores and compares them; it resumes."""
-    from mmengine.dist import init_dist
+    from mmengine.dist import init_dist, is_distributed
 
     from cdm_plugin.engine.launch import start_processes, stop_processes
-    from cdm_plugin.evaluate import evaluate as compare_models
+    from cdm_plugin.evaluate import evaluate as evaluate_entries
     from cdm_plugin.evaluate import parse_entries
     from cdm_plugin.evaluate.metrics import build_metrics
     entries = parse_entries(args.models, args.steps, args.teacher, args.teacher_steps, args.teacher_guidance_scale,
                             not args.no_ema, args.cfg_options)
     start_processes(args.launcher)
-    import torch.distributed as dist
-    if args.launcher != 'none' and not dist.is_initialized():
+    if args.launcher != 'none' and not is_distributed():  # start_processes has started gloo where there is no GPU
         init_dist(args.launcher)
     size = (args.height or args.width, args.width or args.height) if args.height or args.width else None
-    done = compare_models(entries, args.prompts, build_metrics(args.metrics, entries), args.out, args.seed,
-                          args.batch_size, size)
+    done = evaluate_entries(entries, args.prompts, build_metrics(args.metrics, entries), args.out, args.seed,
+                            args.batch_size, size, args.num)
     if done is not None:
         print(f'\n{done.table}\n')
         for name, reason in done.missing.items():
-            print(f'{name} did not run: {reason}')
+            print(f'{name} has no value: {reason}')
         print(f'{done.results}, with results.md and grid.png beside it')
     stop_processes()
 
@@ -257,7 +256,8 @@ def build_parser() -> argparse.ArgumentParser:
                          help='a config with a checkpoint or a work directory, or an exported folder; NAME= and '
                               '@CHECKPOINT may be left out')
     command.add_argument('--prompts', required=True, metavar='FILE',
-                         help='a txt, jsonl or csv file of prompts or class labels; an image each')
+                         help='a txt, jsonl or csv file of prompts or class labels')
+    command.add_argument('--num', type=positive, default=1, help='images a prompt (default 1)')
     command.add_argument('--metrics', nargs='+', default=[], metavar='METRIC',
                          help='registered names, or configs with `metrics` or `val_evaluator`; default: val_evaluator '
                               'of the first config')

@@ -52,7 +52,7 @@ def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48, max_side: int = S
 
 
 def save_png(pixels: np.ndarray, path: Union[str, Path]) -> Path:
-    """Writes uint8 RGB pixels, (H, W, 3), whole or not at all, and returns the path; makes the folder."""
+    """Writes uint8 pixels, RGB (H, W, 3) or gray (H, W), whole or not at all; makes the folder, returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.{os.getpid()}.part')

@@ -42,3 +42,17 @@ class AbsentMetric(ScoreMetric):
 
     def scores(self, images, prompts):
         return images.flatten(1).mean(1)
+
+
+@METRICS.register_module()
+class PairsMetric(SetMetric):
+    """Number of prompts; has no value of single images."""
+    key = 'pairs'
+
+    def features(self, images):
+        return images.flatten(1)
+
+    def value(self, rows, prompts, index):
+        if len(index.unique()) == len(index):
+            raise ValueError('PairsMetric needs two images a prompt')
+        return dict(pairs=float(len(index.unique())))

@@ -23,7 +23,7 @@ Prompt = Union[str, int]
 
 
 def image_file(out: Path, entry: Entry, index: int) -> Path:
-    """Where an entry's image of a prompt lies."""
+    """Where an entry's image of a number lies."""
     return out / 'images' / entry.name / f'{index:06d}.png'
 
 
@@ -84,12 +84,12 @@ def generate(entries: Sequence[Entry], prompts: Sequence[Prompt], out: Path, see
              image_size: Optional[Tuple[int, int]] = None) -> None:
     """Makes the images that are missing; every rank must call it.
 
-    The noise of an image depends on the seed and on the index of its prompt alone. A batch is the same prompts in every
+    The noise of an image depends on the seed and on its number alone. A batch is the same prompts in every
     call, whatever the number of processes and whatever is there already, so that not even rounding differs.
 
     Args:
         entries (Sequence[Entry]): Whose images.
-        prompts (Sequence): Texts or class labels.
+        prompts (Sequence): Texts or class labels, one an image.
         out (Path): The evaluation's folder.
         seed (int): Of the noise. Default 0.
         batch_size (int): Samples of one batch. Default 4.
@@ -128,7 +128,7 @@ def _generate(method: DiffusionModel, entry: Entry, prompts: Sequence[Prompt], b
                                     role=entry.role, sigmas=sigmas, guidance_scale=guidance)
             bad = [i for i, image in zip(batch, images) if not torch.isfinite(image).all()]
             if bad:
-                raise ValueError(f'images of {entry.name!r} hold NaN or infinity (prompts {bad[:3]}, counted from 0): '
+                raise ValueError(f'images of {entry.name!r} hold NaN or infinity (numbers {bad[:3]}): '
                                  'the model has diverged; leave it out')
             pixels = to_pixels(images)
             for i, image in zip(batch, pixels[..., 0] if images.shape[1] == 1 else pixels):

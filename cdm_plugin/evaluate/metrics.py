@@ -3,7 +3,7 @@ import difflib
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from mmengine.config import Config
@@ -30,10 +30,12 @@ class Scores:
 
     Attributes:
         values (dict): Name of a result -> Interval; its ends are None where there is no interval.
-        images (dict): Name of a score -> score of each image, (N,), in the order of the prompts.
+        images (dict): Name of a score -> scores of the images, (prompts, images a prompt).
+        failed (str, optional): Why the metric has no value of these images.
     """
     values: Dict[str, Interval] = field(default_factory=dict)
     images: Dict[str, np.ndarray] = field(default_factory=dict)
+    failed: Optional[str] = None
 
 
 def build_metrics(names: Sequence[str], entries: Sequence[Entry]) -> List[BaseMetric]:
@@ -93,7 +95,7 @@ def _as_list(metrics: Union[None, Dict[str, Any], Sequence[Dict[str, Any]]]) -> 
     return [metrics] if isinstance(metrics, dict) else list(metrics)
 
 
-def score(metric: BaseMetric, entry: Entry, prompts: Sequence[Prompt], out: Path, confidence: float,
+def score(metric: BaseMetric, entry: Entry, prompts: Sequence[Prompt], num: int, out: Path, confidence: float,
           resamples: int) -> Optional[Scores]:
     """Judges an entry's images, each rank its share; every rank must call it.
 
@@ -101,32 +103,57 @@ def score(metric: BaseMetric, entry: Entry, prompts: Sequence[Prompt], out: Path
         metric (BaseMetric): The metric.
         entry (Entry): Whose images.
         prompts (Sequence): Texts or class labels.
+        num (int): Images a prompt.
         out (Path): The evaluation's folder.
         confidence, resamples: Of the intervals, see `bootstrap_mean`.
 
     Returns:
         Scores: On rank 0; None on the others.
     """
-    share = -(-len(prompts) // get_world_size())
+    count = len(prompts) * num
+    share = -(-count // get_world_size())
     # As MMEngine's sampler deals them: every rank gets as many, the first ones again where there are too few.
-    own = [(get_rank() + get_world_size() * i) % len(prompts) for i in range(share)]
+    own = [(get_rank() + get_world_size() * i) % count for i in range(share)]
     for start in range(0, share, READ_AT_ONCE):
-        metric.process(None, [dict(image=read_image(image_file(out, entry, i)), prompt=prompts[i], index=i)
-                              for i in own[start:start + READ_AT_ONCE]])
-    values = metric.evaluate(len(prompts))
+        metric.process(None, [dict(image=read_image(image_file(out, entry, i)), prompt=prompts[i // num],
+                                   index=i // num, draw=i % num) for i in own[start:start + READ_AT_ONCE]])
+    values, failed = _evaluate(metric, count)
     if not is_main_process():
         return None
-    scores = Scores({name: Interval(float(value), None, None) for name, value in values.items()})
+    scores = Scores({name: Interval(float(value), None, None) for name, value in values.items()}, failed=failed)
+    if failed is not None:
+        return scores
     judged = getattr(metric, 'judged', None)
     if isinstance(metric, ScoreMetric):
         name = _prefixed(metric, metric.key)
-        scores.images[name] = judged.rows.numpy().astype(float)
-        scores.values[name] = bootstrap_mean(scores.images[name], confidence, resamples)
+        scores.images[name] = judged.rows.numpy().astype(float).reshape(len(prompts), num)
+        scores.values[name] = bootstrap_mean(scores.images[name].mean(1), confidence, resamples)
     elif isinstance(metric, ImageMetric) and len(prompts) >= MIN_SET:
-        intervals = jackknife(lambda i: metric.value(judged.rows[i], [judged.prompts[j] for j in i], judged.index[i]),
-                              len(prompts), confidence)
+        def value(chosen: np.ndarray) -> Dict[str, float]:
+            images = (chosen[:, None] * num + np.arange(num)).ravel()
+            return metric.value(judged.rows[images], [judged.prompts[i] for i in images], judged.index[images])
+
+        intervals = jackknife(value, len(prompts), confidence)
         scores.values.update({_prefixed(metric, name): interval for name, interval in intervals.items()})
     return scores
+
+
+def _evaluate(metric: BaseMetric, count: int) -> Tuple[Dict[str, float], Optional[str]]:
+    """A metric's values, or, on rank 0, why it has none: hours of the other metrics must not be lost by it."""
+    failed: List[str] = []
+
+    def compute_metrics(results: Any, own: Any = metric.compute_metrics) -> Dict[str, float]:
+        try:
+            return own(results)
+        except ValueError as error:  # inside, because the other ranks wait for what rank 0 finds
+            failed.append(' '.join(str(error).split()))
+            return {}
+
+    metric.compute_metrics = compute_metrics
+    try:
+        return metric.evaluate(count), failed[0] if failed else None
+    finally:
+        del metric.compute_metrics
 
 
 def _prefixed(metric: BaseMetric, name: str) -> str:

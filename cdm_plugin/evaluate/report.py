@@ -22,7 +22,7 @@ SHEET_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Win:
-    """How often the images of `model` have a higher score of `metric` than those of `over` for the same prompts."""
+    """How often the images of `model` have a higher score of `metric` than those of `over` from the same noise."""
     metric: str
     model: str
     over: str
@@ -37,8 +37,9 @@ def win_rates(scores: Dict[str, Scores], confidence: float, resamples: int) -> L
         confidence, resamples: Of the intervals, see `bootstrap_mean`.
     """
     names = list(dict.fromkeys(name for own in scores.values() for name in own.images))
-    return [Win(name, a, b, bootstrap_mean(wins(scores[a].images[name], scores[b].images[name]), confidence, resamples))
-            for name in names for a, b in itertools.permutations(scores, 2)]
+    return [Win(name, a, b, bootstrap_mean(wins(scores[a].images[name], scores[b].images[name]).mean(1), confidence,
+                                           resamples))
+            for name in names for a, b in itertools.permutations([m for m in scores if name in scores[m].images], 2)]
 
 
 def write_results(out: Path, about: Dict[str, Any], entries: Sequence[Entry], how: Dict[str, Dict[str, Any]],
@@ -66,10 +67,11 @@ def write_results(out: Path, about: Dict[str, Any], entries: Sequence[Entry], ho
     if names:
         with open(out / 'scores.csv', 'w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
-            writer.writerow(['model', 'index', 'prompt', *names])
+            writer.writerow(['model', 'index', 'draw', 'prompt', *names])
             for model, own in scores.items():
-                for i, prompt in enumerate(prompts):
-                    writer.writerow([model, i, prompt, *(repr(float(own.images[name][i])) for name in names)])
+                for i, draw in itertools.product(range(len(prompts)), range(about['images_a_prompt'])):
+                    values = (repr(float(own.images[name][i, draw])) if name in own.images else '' for name in names)
+                    writer.writerow([model, i, draw, prompts[i], *values])
     return write_json(dict(
         version=__version__, **about, missing=missing,
         models=[dict(name=entry.name, source=entry.source, checkpoint=entry.checkpoint, role=entry.role,
@@ -92,16 +94,16 @@ def format_table(how: Dict[str, Dict[str, Any]], scores: Dict[str, Scores]) -> s
 def _page(about: Dict[str, Any], table: str, rates: Sequence[Win], models: Sequence[str],
           missing: Dict[str, str]) -> str:
     count, percent = about['prompts'], f'{100 * about["confidence"]:g}%'
-    parts = [f'{count} prompts of `{about["prompts_file"]}`, an image each, seed {about["seed"]}; every model starts '
-             f'from the same noise. In brackets: {percent} intervals over prompts, of means of scores by a bootstrap '
-             f'with {about["resamples"]} resamples, of values of whole sets by a jackknife that leaves out a tenth at '
-             'a time (a bootstrap would count doubles).', table]
+    parts = [f'{count} prompts of `{about["prompts_file"]}`, images each: {about["images_a_prompt"]}, seed '
+             f'{about["seed"]}; every model starts from the same noise. In brackets: {percent} intervals over prompts, '
+             f'of means of scores by a bootstrap with {about["resamples"]} resamples, of values of whole sets by a '
+             'jackknife that leaves out a tenth of the prompts at a time (a bootstrap would count doubles).', table]
     for metric in dict.fromkeys(win.metric for win in rates):
         cells = {(win.model, win.over): _cell(win.rate) for win in rates if win.metric == metric}
         rows = [['', *models], *([a, *(cells.get((a, b), '') for b in models)] for a in models)]
-        parts += [f'Share of prompts for which the image of the row has a higher `{metric}` than that of the column; '
+        parts += [f'Share of images of the row with a higher `{metric}` than those of the column from the same noise; '
                   'ties count half.', _markdown(rows)]
-    parts += [f'{name} did not run: {reason}' for name, reason in missing.items()]
+    parts += [f'{name} has no value: {reason}' for name, reason in missing.items()]
     return '\n\n'.join(parts) + '\n'
 
 
@@ -116,9 +118,9 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join([lines[0], '| ' + ' | '.join('---' for _ in rows[0]) + ' |', *lines[1:]])
 
 
-def write_sheet(out: Path, entries: Sequence[Entry], count: int) -> Path:
+def write_sheet(out: Path, entries: Sequence[Entry], count: int, num: int) -> Path:
     """Writes the contact sheet, a row a model, a column a prompt (the first ones), and returns its path."""
-    rows = {entry.name: [read_image(image_file(out, entry, i)) for i in range(min(count, SHEET_COLUMNS))]
+    rows = {entry.name: [read_image(image_file(out, entry, i * num)) for i in range(min(count, SHEET_COLUMNS))]
             for entry in entries}
     sides = np.array([images[0].shape[-2:] for images in rows.values()])
     height, width = sides.min(0)

@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
     Attributes:
         results (Path): results.json; results.md, scores.csv and grid.png lie beside it.
         table (str): The comparison of all models, in Markdown.
-        missing (dict): Metrics that could not run, with what is missing and how to get it.
+        missing (dict): Metrics that could not run, with what is missing and how to get it, or what stopped them.
     """
     results: Path
     table: str
@@ -42,7 +42,7 @@ def read_prompt_file(path: str) -> List[Prompt]:
 
 
 def evaluate(entries: Sequence[Entry], prompts_file: str, metrics: Sequence[BaseMetric], out: str, seed: int = 0,
-             batch_size: int = 4, image_size: Optional[Tuple[int, int]] = None, confidence: float = 0.95,
+             batch_size: int = 4, image_size: Optional[Tuple[int, int]] = None, num: int = 1, confidence: float = 0.95,
              resamples: int = 2000) -> Optional[Evaluation]:
     """Makes the images of all entries on the same noise, scores them, and writes the comparison.
 
@@ -56,6 +56,7 @@ def evaluate(entries: Sequence[Entry], prompts_file: str, metrics: Sequence[Base
         seed (int): Of the noise. Default 0.
         batch_size (int): Samples of one batch. Default 4.
         image_size (tuple, optional): (height, width) in pixels. Default: each model's own.
+        num (int): Images a prompt. Default 1.
         confidence (float): Of the intervals, in (0, 1). Default 0.95.
         resamples (int): Of the bootstrap. Default 2000.
 
@@ -72,26 +73,28 @@ def evaluate(entries: Sequence[Entry], prompts_file: str, metrics: Sequence[Base
     if not ready:
         raise ValueError('no metric can run. ' + '; '.join(f'{name}: {text}' for name, text in missing.items()))
     digest = hashlib.blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
-    shared = dict(seed=seed, prompts=digest, image_size=image_size and list(image_size))
+    shared = dict(seed=seed, prompts=digest, num=num, image_size=image_size and list(image_size))
     _on_first_rank(lambda: check_folder(folder, entries, shared))
     _release(ready)  # the generator needs the memory
-    generate(entries, prompts, folder, seed, batch_size, image_size)
+    generate(entries, [prompt for prompt in prompts for _ in range(num)], folder, seed, batch_size, image_size)
     scores: Dict[str, Scores] = {entry.name: Scores() for entry in entries}
     for metric in ready:
         for entry in entries:
-            found = score(metric, entry, prompts, folder, confidence, resamples)
+            found = score(metric, entry, prompts, num, folder, confidence, resamples)
             if found is not None:
                 scores[entry.name].values.update(found.values)
                 scores[entry.name].images.update(found.images)
+                if found.failed is not None:
+                    missing[type(metric).__name__] = f'{entry.name}: {found.failed}'
         _release([metric])
     if not is_main_process():
         return None
     how = {entry.name: json.loads(how_file(folder, entry).read_text(encoding='utf-8')) for entry in entries}
-    about: Dict[str, Any] = dict(prompts_file=prompts_file, prompts=len(prompts), seed=seed,
+    about: Dict[str, Any] = dict(prompts_file=prompts_file, prompts=len(prompts), images_a_prompt=num, seed=seed,
                                  image_size=shared['image_size'], confidence=confidence, resamples=resamples)
     results = write_results(folder, about, entries, how, prompts, scores,
                             win_rates(scores, confidence, resamples), missing)
-    write_sheet(folder, entries, len(prompts))
+    write_sheet(folder, entries, len(prompts), num)
     return Evaluation(results, format_table(how, scores), missing)
 
 

@@ -17,6 +17,7 @@ from cdm_plugin.cli import main
 from cdm_plugin.draws import stream
 from cdm_plugin.evaluate import generate, parse_entries
 from cdm_plugin.evaluation import DigitClassifier, class_accuracy, classifier_features, frechet_distance
+from cdm_plugin.evaluation.bootstrap import bootstrap_mean
 from cdm_plugin.images import to_pixels
 from cdm_plugin.inference import load_method
 
@@ -38,7 +39,7 @@ def command(files, out, *changes):
     """The call that the tests compare with, or one with other models and options."""
     models = [f'cdm={CDM}', '--teacher', '--teacher-steps', '2', '--steps', '1', '2', '--batch-size', '5']
     return ['evaluate', *(changes or models), '--prompts', str(files / 'labels.txt'), '--out', str(out), '--metrics',
-            str(files / 'metrics.py'), 'InkMetric', 'AbsentMetric']
+            str(files / 'metrics.py'), 'InkMetric', 'AbsentMetric', 'PairsMetric']
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +102,8 @@ def test_win_rates_are_counted_over_the_prompts(out):
     with open(out / 'scores.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     scores = {name: [float(r['images/ink']) for r in rows if r['model'] == name] for name in NAMES}
-    assert [(r['index'], r['prompt']) for r in rows[:COUNT]] == [(str(i), str(i % 10)) for i in range(COUNT)]
+    assert [(r['index'], r['draw'], r['prompt']) for r in rows[:COUNT]] == [
+        (str(i), '0', str(i % 10)) for i in range(COUNT)]
     for name in NAMES:
         assert scores[name] == pytest.approx(read(out, name).flatten(1).mean(1).tolist(), abs=1e-6)
     wins = {(win['model'], win['over']): win['rate'] for win in results(out)['wins']}
@@ -115,8 +117,9 @@ def test_win_rates_are_counted_over_the_prompts(out):
 
 def test_the_page_has_the_table_and_what_is_missing(out, capsys):
     page, metrics = (out / 'results.md').read_text(), results(out)
-    assert metrics['missing'] == {'AbsentMetric': 'AbsentMetric has no weights: run `hf download absent/weights`'}
-    assert 'AbsentMetric did not run: AbsentMetric has no weights' in page
+    assert metrics['missing'] == {'AbsentMetric': 'AbsentMetric has no weights: run `hf download absent/weights`',
+                                  'PairsMetric': 'cdm-2step: PairsMetric needs two images a prompt'}
+    assert 'AbsentMetric has no value: AbsentMetric has no weights' in page
     assert '| model | steps | network calls | digits/accuracy | digits/fd | images/ink |' in page
     (line,) = [line for line in page.splitlines() if line.startswith('| cdm-2step | 2 | 2 |')]
     (model,) = [model for model in metrics['models'] if model['name'] == 'cdm-2step']
@@ -167,7 +170,22 @@ def test_the_batch_size_changes_rounding_at_most(out, files, tmp_path):
     assert difference.max() < 1.01 and (difference > 0.01).float().mean() < 0.01
 
 
+def test_several_images_a_prompt_are_averaged_before_the_interval(out, files, tmp_path):
+    """Intervals are over prompts: of the means of three images each; the set's values know which belong together."""
+    assert main(command(files, tmp_path, f'cdm-1step={CDM}', '--steps', '1', '--num', '3', '--batch-size', '72')) == 0
+    ink = read(tmp_path, 'cdm-1step').flatten(1).mean(1).reshape(COUNT, 3).double().mean(1).numpy()
+    (model,) = results(tmp_path)['models']
+    assert model['metrics']['images/ink'] == pytest.approx(bootstrap_mean(ink)._asdict(), abs=1e-6)
+    images, classifier = read(tmp_path, 'cdm-1step'), DigitClassifier.from_pretrained()
+    accuracy = class_accuracy(images, [i // 3 % 10 for i in range(3 * COUNT)], classifier)
+    assert model['metrics']['digits/accuracy']['value'] == pytest.approx(accuracy)
+    assert model['metrics']['images/pairs']['value'] == COUNT
+    with open(tmp_path / 'scores.csv', newline='') as file:
+        assert [(r['index'], r['draw']) for r in csv.DictReader(file)][2:5] == [('0', '2'), ('1', '0'), ('1', '1')]
+
+
 @pytest.mark.parametrize('changes, part', [
+    ((f'cdm-2step={CDM}', '--steps', '2', '--num', '2'), 'were made with num 1, not 2'),
     ((f'cdm-2step={CDM}', '--steps', '4'), "'cdm-2step' in {out!r} were made with steps 2, not 4"),
     ((f'cdm-2step={CDM}', '--steps', '2', '--seed', '1'), 'were made with seed 0, not 1'),
     ((f'cdm-2step={CDM}', '--steps', '2', '--height', '32'), 'image_size None, not [32, 32]'),
