@@ -126,6 +126,7 @@ def config_of(row: plan.Row, seed: int, work_dir: Path) -> Config:
     cfg.experiment_name = f'study-{os.getpid()}-{time.time_ns()}'
     cfg.log_level = 'WARNING'
     cfg.visualizer.vis_backends = []
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None  # the examiner judges
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type == 'CDMHook']
     cfg.default_hooks.update(checkpoint=None, logger=dict(type='LoggerHook', interval=10**9, log_metric_by_epoch=False))
     return cfg
