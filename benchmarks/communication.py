@@ -4,9 +4,9 @@
 
 The digits' recipe trains on two gloo processes of the CPU, by data parallelism and by each ZeRO stage. Every collective
 that torch.distributed dispatches is counted with the bytes of the whole tensor (what an all-gather makes, a
-reduce-scatter takes), and compared with a formula of weights and network calls, which `scaling_plan.py` takes on to larger
-models and more GPUs. At stage 3 nothing that was gathered is kept for its next use, as between the calls of a network
-with more weights than DeepSpeed keeps. A minute.
+reduce-scatter takes), and compared with a formula of weights and network calls, which `scaling_plan.py` takes on to
+larger models and more GPUs. At stage 3 nothing that was gathered is kept for its next use, as between the calls of a
+network with more weights than DeepSpeed keeps. Two minutes.
 """
 import argparse
 import json

@@ -2,8 +2,9 @@
 
     python benchmarks/scaling_plan.py            # writes the tables between the marks of docs/scaling.md
 
-Memory and network calls are `cdm doctor`'s, traffic is the formula that `communication.py` checks against counted bytes,
-floating-point operations are counted by torch on the recipe's networks. The speeds of GPUs and links are assumptions.
+Memory and network calls are `cdm doctor`'s, traffic is the formula that `communication.py` checks against counted
+bytes, floating-point operations are counted by torch on the recipe's networks. The speeds of GPUs and links are
+assumptions.
 """
 import argparse
 from pathlib import Path

@@ -1,5 +1,5 @@
-# CDM on SD3-Medium in full weights on one GPU: 4 prompts an iteration, 16 an update; float32 weights and optimizers wait
-# in the CPU's memory, where AdamW runs. No published recipe.
+# CDM on SD3-Medium in full weights on one GPU: 4 prompts an iteration, 16 an update; float32 weights and optimizers
+# wait in the CPU's memory, where AdamW runs. No published recipe.
 #
 # About 27 GiB (estimated by `cdm doctor`, not run), so a GPU of 40 GB; 61 GiB of the CPU's memory.
 # cdm train sd3/cdm_sd3-medium_1xb4_zero2-offload_4step.py
