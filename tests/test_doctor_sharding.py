@@ -13,7 +13,8 @@ from recipes import LONGCAT, LONGCAT_ZERO3, SD3, SD3_ZERO2, report_of  # noqa: E
 from scale_support import init_gloo, launch  # noqa: E402
 from tests_support import tiny_backbone  # noqa: E402
 
-from cdm_plugin.doctor import Report  # noqa: E402
+from cdm_plugin import doctor  # noqa: E402
+from cdm_plugin.doctor import Report, diagnose  # noqa: E402
 from cdm_plugin.doctor.memory import build_optimizers, count_parts  # noqa: E402
 from cdm_plugin.doctor.meta import build_on_meta  # noqa: E402
 from cdm_plugin.doctor.sharding import SHARINGS, chosen, memory  # noqa: E402
@@ -115,3 +116,18 @@ def test_the_table_of_the_large_recipes_by_hand():
     assert report.own_memory.cpu == 0 < report.sharing['ZeRO 3, all offloaded'][0].cpu
     assert report_of(LONGCAT_ZERO3, 8).needed / GIB < 80 < report_of(LONGCAT, 8).needed / GIB
     assert report_of(SD3).needed == report_of(SD3).peak
+
+
+@pytest.mark.parametrize('strategy, part', [
+    (dict(zero_optimization=dict(stage=4)), 'stage must be 1, 2 or 3'),
+    (dict(zero_optimization=dict(stage=2, offload_param=dict(device='cpu'))), 'needs stage=3'),
+    (dict(communication_datatype='fp32'), "did you mean 'communication_data_type'?")])
+def test_mistakes_in_the_strategy_are_problems(strategy, part):
+    cfg = config('none', strategy=strategy)
+    assert [problem for problem in diagnose(cfg).problems if part in problem]
+
+
+def test_a_strategy_without_deepspeed_is_a_problem(monkeypatch):
+    monkeypatch.setattr(doctor, '_versions', lambda: dict.fromkeys(doctor.PACKAGES, 'not installed'))
+    cfg = config('none', strategy=dict(zero_optimization=dict(stage=2)))
+    assert "strategy needs deepspeed: pip install 'cdm_plugin[scale]'" in diagnose(cfg).problems

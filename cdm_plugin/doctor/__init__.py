@@ -27,6 +27,7 @@ from cdm_plugin.doctor.memory import (_accumulates, build_optimizers, count_part
 from cdm_plugin.doctor.meta import build_on_meta
 from cdm_plugin.doctor.report import GPUS, Memory, Report, _numbers, _problems, _size, format_report
 from cdm_plugin.doctor.sharding import SHARINGS, Sharing, chosen, data_parallel, memory
+from cdm_plugin.engine.deepspeed_config import OWN_KEYS, settle_config
 from cdm_plugin.methods import DiffusionModel, Distillation
 from cdm_plugin.sigma_samplers import SigmaSampler
 
@@ -196,6 +197,12 @@ def _check_surroundings(cfg: Config, report: Report) -> None:
     if report.gpus > 1 and 'model_wrapper_cfg' not in cfg and 'strategy' not in cfg:
         report.problems.append(f'{report.gpus} GPUs: the config needs '
                                "model_wrapper_cfg=dict(type='DistillationDataParallel'), or a strategy that shards")
+    if 'strategy' in cfg and report.versions['deepspeed'] == 'not installed':
+        report.problems.append("strategy needs deepspeed: pip install 'cdm_plugin[scale]'")
+    elif cfg.get('strategy', {}).get('type') == 'DistillationDeepSpeedStrategy':
+        with _problems(report):
+            settings = {k: v for k, v in cfg.strategy.to_dict().items() if k not in OWN_KEYS | {'type'}}
+            settle_config(settings.pop('config', None), settings)
     dataset = cfg.get('train_dataloader', {}).get('dataset')
     for part in _dicts(dataset):
         root = part.get('data_root') or ''
