@@ -2,12 +2,13 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.evaluator import BaseMetric
 
 from cdm_plugin.data import PromptDataset
+from cdm_plugin.engine.launch import on_first_rank
 from cdm_plugin.evaluation.prepare import prepare_on_all_ranks
 
 from .entries import Entry
@@ -74,7 +75,7 @@ def evaluate(entries: Sequence[Entry], prompts_file: str, metrics: Sequence[Base
         raise ValueError('no metric can run. ' + '; '.join(f'{name}: {text}' for name, text in missing.items()))
     digest = hashlib.blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
     shared = dict(seed=seed, prompts=digest, num=num, image_size=image_size and list(image_size))
-    _on_first_rank(lambda: check_folder(folder, entries, shared))
+    on_first_rank(lambda: check_folder(folder, entries, shared), '--out cannot be used')
     _release(ready)  # the generator needs the memory
     generate(entries, [prompt for prompt in prompts for _ in range(num)], folder, seed, batch_size, image_size)
     scores: Dict[str, Scores] = {entry.name: Scores() for entry in entries}
@@ -101,19 +102,3 @@ def evaluate(entries: Sequence[Entry], prompts_file: str, metrics: Sequence[Base
 def _release(metrics: Sequence[BaseMetric]) -> None:
     for metric in metrics:
         getattr(metric, 'release', lambda: None)()
-
-
-def _on_first_rank(check: Callable[[], None]) -> None:
-    """Calls it on rank 0; what it raises is raised on all ranks."""
-    error: Optional[Exception] = None
-    if is_main_process():
-        try:
-            check()
-        except Exception as raised:  # whatever it is, the others must not wait for it
-            error = raised
-    message = [None if error is None else str(error)]
-    broadcast_object_list(message)
-    if error is not None:
-        raise error
-    if message[0] is not None:
-        raise ValueError(message[0])
