@@ -1,5 +1,6 @@
 """The bytes that benchmarks/communication.py counts are those of its formula."""
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,14 +12,21 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import communication  # noqa: E402
+from scale_support import launch  # noqa: E402
 
 
 def close(row, tolerance=0.01):
     return all(row['bytes'][name] == pytest.approx(value, rel=tolerance) for name, value in row['expected'].items())
 
 
-def test_stage_3_gathers_a_network_for_each_call_and_each_pass():
-    fake_step, student_step = communication.measure('DMD2', 3, False, iterations=2)
+def train(folder):
+    """One of the benchmark's processes."""
+    communication.train(int(os.environ['RANK']), int(os.environ['MASTER_PORT']), 'DMD2', 3, False, 2, folder)
+
+
+def test_stage_3_gathers_a_network_for_each_call_and_each_pass(tmp_path):
+    launch(train, str(tmp_path))
+    fake_step, student_step = json.loads((tmp_path / 'rows.json').read_text())
     assert not fake_step['student_step'] and student_step['student_step']
     assert close(fake_step, 0.002) and close(student_step, 0.002)
     # By hand: a student step has one call of the student with gradient; teacher and fake score are asked once each.

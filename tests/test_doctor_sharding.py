@@ -9,7 +9,7 @@ from mmengine.registry import MODEL_WRAPPERS, MODELS
 pytest.importorskip('deepspeed')
 
 from deepspeed_support import build, config  # noqa: E402
-from recipes import LONGCAT, LONGCAT_ZERO3, SD3, SD3_ZERO2, report_of  # noqa: E402
+from recipes import SD3_ZERO2, report_of  # noqa: E402
 from scale_support import init_gloo, launch  # noqa: E402
 from tests_support import tiny_backbone  # noqa: E402
 
@@ -114,8 +114,6 @@ def test_the_table_of_the_large_recipes_by_hand():
         assert name == 'data parallel' or row == sorted(row, reverse=True), name
     assert sizes['ZeRO 3'][3] < sizes['ZeRO 2'][3] < sizes['data parallel'][3]
     assert report.own_memory.cpu == 0 < report.sharing['ZeRO 3, all offloaded'][0].cpu
-    assert report_of(LONGCAT_ZERO3, 8).needed / GIB < 80 < report_of(LONGCAT, 8).needed / GIB
-    assert report_of(SD3).needed == report_of(SD3).peak
 
 
 @pytest.mark.parametrize('strategy, part', [
