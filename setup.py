@@ -17,9 +17,9 @@ CORE = [
     'pluggy>=1.5', 'tensorboard>=2.16', 'safetensors>=0.4', 'numpy>=1.26', 'pillow>=10', 'tqdm>=4.60',
 ]
 EXTRAS = {
-    'scale': ['deepspeed>=0.18', 'xformers>=0.0.33'],
+    'scale': ['deepspeed>=0.19', 'xformers>=0.0.33'],
     'quantization': ['bitsandbytes>=0.45'],
-    'test': ['pytest>=8', 'pytest-xdist>=3.6', 'deepspeed>=0.18', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
+    'test': ['pytest>=8', 'pytest-xdist>=3.6', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.

@@ -27,50 +27,52 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from cdm_plugin import assets
-from cdm_plugin.config import load_config
+from cdm_plugin.config import check_config, load_config
 from cdm_plugin.demo import NUM_SAMPLES, RECIPE, Judge
 from cdm_plugin.doctor.calls import expected_calls
 from cdm_plugin.evaluation import (DigitClassifier, class_accuracy, classifier_features, frechet_distance,
                                    pixels_to_images, precision_recall)
-from cdm_plugin.inference import student_weights
+from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import Distillation
 
 STUDENT_STEPS = (1, 2, 3, 4, 6, 8)
 HELD_OUT = 1000  # the last of the package's digits
+MEASURES = ('fd', 'fd_real', 'accuracy', 'precision', 'recall', 'precision_real', 'recall_real')
+SECONDS_A_FORWARD = 0.0008  # of one sample, on one thread: a guess for the first run of a row
+ORDER = {'main': 0, 'changes': 1, 'forwards': 1, 'grid': 1, 'length': 3}  # of the groups; 2 is every other
 
 
 class Examiner:
     """Judges samples against the guided teacher's 50-step samples and against held-out digits.
 
     Args:
-        method (Distillation): With the teacher.
+        method (Distillation): With the teacher, whose guidance is the method's.
         num_samples (int): Samples of a judgement.
-        cache (Path): Where the teacher's features are kept between runs.
+        work_dir (Path): Folder where the teacher's features are kept between runs.
     """
 
-    def __init__(self, method: Distillation, num_samples: int, cache: Path) -> None:
-        reference = torch.load(cache, weights_only=True) if cache.is_file() else None
-        if reference is not None and len(reference) != num_samples:
-            reference = None
-        self.judge = Judge(method, num_samples, reference)
-        if reference is None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, method: Distillation, num_samples: int, work_dir: Path) -> None:
+        cache = work_dir / f'reference_{num_samples}_{1 + method.alpha:g}.pt'
+        self.judge = Judge(method, num_samples, torch.load(cache, weights_only=True) if cache.is_file() else None)
+        if not cache.is_file():
+            work_dir.mkdir(parents=True, exist_ok=True)
             torch.save(self.judge.reference, cache)
         self.real = held_out_features(self.judge.classifier)
 
-    def examine(self, role: str, steps: int, guided: bool = True) -> Dict[str, float]:
-        """Every measure of a role's samples; only a teacher can be guided."""
+    def examine(self, role: str, steps: int, guided: bool = True) -> Dict[str, Optional[float]]:
+        """Every measure of a role's samples, None if they are not finite; only a teacher can be guided."""
         judge = self.judge
-        guidance, judge.guidance = judge.guidance, judge.guidance if guided else 1.0
-        images = judge.sample(role, steps)
-        judge.guidance = guidance
+        images = sample_prompts(judge.method, judge.labels, judge.noise, sigmas=step_sigmas(steps), role=role,
+                                guidance_scale=judge.guidance if role == 'teacher' and guided else 1.0)
+        if not images.isfinite().all():
+            return dict(steps=steps, **dict.fromkeys(MEASURES))
         features = classifier_features(images, judge.classifier)
         precision, recall = precision_recall(features, judge.reference)
         real_precision, real_recall = precision_recall(features, self.real)
-        return dict(steps=steps, fd=round(frechet_distance(features, judge.reference), 4),
-                    fd_real=round(frechet_distance(features, self.real), 4),
-                    accuracy=class_accuracy(images, judge.labels, judge.classifier),
-                    precision=precision, recall=recall, precision_real=real_precision, recall_real=real_recall)
+        fd, fd_real = (round(frechet_distance(features, other), 4) for other in (judge.reference, self.real))
+        accuracy = class_accuracy(images, judge.labels, judge.classifier)
+        values = (fd, fd_real, accuracy, precision, recall, real_precision, real_recall)
+        return dict(steps=steps, **dict(zip(MEASURES, values)))
 
 
 def held_out_features(classifier: DigitClassifier) -> Tensor:
@@ -108,13 +110,14 @@ def recipe_of(row: plan.Row) -> Config:
         for part in path:
             node = node.setdefault(part, ConfigDict())
         node[last] = copy.deepcopy(value)  # whole: no argument of what it replaces is left
+    check_config(cfg)
     return cfg
 
 
 def config_of(row: plan.Row, seed: int, work_dir: Path) -> Config:
     """The config of a run: the demo's recipe with the row's changes, its schedules as long as the run."""
     cfg = recipe_of(row)
-    iterations = student_steps_of(row) * MODELS.build(cfg.model).student_every
+    iterations = student_steps_of(row) * cfg.model.student_every
     cfg.train_cfg.max_iters = iterations
     for schedulers in cfg.param_scheduler.values():
         schedulers[-1].end = iterations
@@ -123,6 +126,7 @@ def config_of(row: plan.Row, seed: int, work_dir: Path) -> Config:
     cfg.experiment_name = f'study-{os.getpid()}-{time.time_ns()}'
     cfg.log_level = 'WARNING'
     cfg.visualizer.vis_backends = []
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None  # the examiner judges
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type == 'CDMHook']
     cfg.default_hooks.update(checkpoint=None, logger=dict(type='LoggerHook', interval=10**9, log_metric_by_epoch=False))
     return cfg
@@ -151,7 +155,7 @@ def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int) -> Dict[str,
     work_dir.mkdir(parents=True, exist_ok=True)
     with open(work_dir / 'log.txt', 'a') as log, contextlib.redirect_stdout(log):
         runner = Runner.from_cfg(cfg)
-        examiner = Examiner(runner.model, num_samples, work_dir / 'reference.pt')
+        examiner = Examiner(runner.model, num_samples, work_dir)
         hook = ExaminerHook(examiner, [round(length * share / 4) for share in (1, 2, 3)])
         runner.register_hook(hook)
         trained = time.perf_counter()
@@ -164,16 +168,31 @@ def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int) -> Dict[str,
                 curve=hook.curve, final=final)
 
 
-def read(file: Path) -> Optional[Dict[str, Any]]:
-    """A row's results so far."""
-    return json.loads(file.read_text()) if file.is_file() else None
+def results_of(name: str, num_samples: int, file: Path) -> Dict[str, Any]:
+    """A row's results so far.
+
+    Raises:
+        ValueError: They are of another recipe than the plan's.
+    """
+    row = plan.ROWS[name]
+    head = dict(row=name, type=row.type, options=row.options, student_steps=student_steps_of(row),
+                num_samples=num_samples, forwards_a_step=round(forwards_a_step(row), 2))
+    head = json.loads(json.dumps(head))
+    if not file.is_file():
+        return dict(head, runs=[])
+    result = json.loads(file.read_text())
+    for key, value in head.items():
+        if result.get(key) != value:
+            raise ValueError(f'{file} holds runs with {key}={result.get(key)}, but they would go on with {value}: give '
+                             'the row another name in digits_study_plan.py, or move the file away')
+    return result
 
 
 def write(file: Path, result: Dict[str, Any]) -> None:
     """Writes them whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix('.part')
-    part.write_text(json.dumps(result, indent=None, separators=(',', ':')) + '\n')
+    part.write_text(json.dumps(result, separators=(',', ':')) + '\n')
     os.replace(part, file)
 
 
@@ -182,21 +201,28 @@ def teacher_rows(out: Path, work_dir: Path, num_samples: int) -> None:
     file = out / 'teacher.json'
     if file.is_file():
         return
-    examiner = Examiner(MODELS.build(load_config(RECIPE).model).eval(), num_samples, work_dir / 'reference.pt')
+    examiner = Examiner(MODELS.build(load_config(RECIPE).model).eval(), num_samples, work_dir)
     write(file, dict(num_samples=num_samples, **{
         name: [examiner.examine('teacher', steps, guided) for steps in plan.TEACHER_STEPS]
         for name, guided in (('guided', True), ('unguided', False))}))
 
 
 def jobs(names: List[str], max_seeds: int) -> List[Tuple[str, int]]:
-    """What is to be run, in order: main rows, then the others, then the long ones, each seed by seed."""
-    order = {'main': 0, 'length': 2}
-    wanted = [(order.get(plan.ROWS[name].group, 1), seed, name) for name in names
+    """What is to be run, in order: main rows first, the long ones last, each group seed by seed."""
+    wanted = [(ORDER.get(plan.ROWS[name].group, 2), seed, name) for name in names
               for seed in range(min(plan.ROWS[name].seeds, max_seeds))]
     return [(name, seed) for _, seed, name in sorted(wanted, key=lambda job: job[:2])]
 
 
-def main() -> None:
+def expected_seconds(row: plan.Row, runs: List[Dict[str, Any]]) -> float:
+    """Of the row's next run."""
+    if runs:
+        return max(done['seconds'] for done in runs)
+    batch = recipe_of(row).train_dataloader.batch_size
+    return SECONDS_A_FORWARD * batch * forwards_a_step(row) * student_steps_of(row)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--budget-minutes', type=float, default=float('inf'), help='default: until all is done')
     parser.add_argument('--only', nargs='+', metavar='ROW', choices=list(plan.ROWS), help='default: all rows')
@@ -204,19 +230,17 @@ def main() -> None:
     parser.add_argument('--num-samples', type=int, default=NUM_SAMPLES)
     parser.add_argument('--out', type=Path, default=Path('docs/study'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * args.budget_minutes
     teacher_rows(args.out, args.work_dir, args.num_samples)
+    results: Dict[str, Dict[str, Any]] = {}
     for name, seed in jobs(args.only or list(plan.ROWS), args.max_seeds):
         row, file = plan.ROWS[name], args.out / f'{name}.json'
-        result = read(file) or dict(
-            row=name, type=row.type, student_steps=student_steps_of(row), num_samples=args.num_samples,
-            forwards_a_step=round(forwards_a_step(row), 2), runs=[])
+        result = results[name] = results.get(name) or results_of(name, args.num_samples, file)
         if seed in [done['seed'] for done in result['runs']]:
             continue
-        spent = [done['seconds'] for done in result['runs']] or [0.4 * student_steps_of(row)]
-        if time.monotonic() + max(spent) > end:
+        if time.monotonic() + expected_seconds(row, result['runs']) > end:
             print(f'the budget ends before {name}, seed {seed}')
             return
         done = run(row, seed, args.work_dir, args.num_samples)

@@ -1,4 +1,4 @@
-"""The rows of the study on the digits: what each changes of the demo's recipe, how long it trains, on how many seeds."""
+"""Rows of the study on the digits: what each changes of the demo's recipe, how long it trains, on how many seeds."""
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
 
@@ -91,8 +91,15 @@ def _rows() -> Dict[str, Row]:
         'model.losses.cdm.points': 'on-trajectory'}, 'points-noised': {'model.losses.cdm.points': 'noised'}}
     for name, change in published.items():
         rows[f'published-{name}'] = Row('CDM', {**PUBLISHED, **change}, group='published')
-    small = {f'optim_wrapper.{role}.optimizer.lr': lr for role, lr in (('student', 1e-5), ('fake', 5e-6))}
+    # The rates of the published recipe, at the ends of the schedules too.
+    small = {}
+    for role, rate, lowest in (('student', 1e-5, 5e-8), ('fake', 5e-6, 5e-7)):
+        small[f'optim_wrapper.{role}.optimizer.lr'] = rate
+        small[f'param_scheduler.{role}'] = [
+            dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
+            dict(type='CosineAnnealingLR', eta_min=lowest, by_epoch=False, begin=20, end=2 * STEPS)]
     rows['published-alpha-7'] = Row('CDM', {**PUBLISHED, 'model.alpha': 7.0}, group='drift')
+    rows['consistent-alpha-7'] = Row('CDM', {'model.alpha': 7.0}, group='drift')
     rows['published-small-rates'] = Row('CDM', {**PUBLISHED, **small}, group='drift')
     rows['published-batch-128'] = Row('CDM', {**PUBLISHED, 'train_dataloader.batch_size': 128}, group='drift')
     for steps in (400, 800, 1600):  # the demo's length, twice and four times as much

@@ -137,6 +137,30 @@ def compare(args: argparse.Namespace) -> None:
     print(f'{page}, {page.stat().st_size / 2**20:.1f} MiB: open it in a browser')
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Makes images of several models from the same noise, scores and compares them; it resumes."""
+    from mmengine.dist import init_dist, is_distributed
+
+    from cdm_plugin.engine.launch import start_processes, stop_processes
+    from cdm_plugin.evaluate import evaluate as evaluate_entries
+    from cdm_plugin.evaluate import parse_entries
+    from cdm_plugin.evaluate.metrics import build_metrics
+    entries = parse_entries(args.models, args.steps, args.teacher, args.teacher_steps, args.teacher_guidance_scale,
+                            not args.no_ema, args.cfg_options)
+    start_processes(args.launcher)
+    if args.launcher != 'none' and not is_distributed():  # start_processes has started gloo where there is no GPU
+        init_dist(args.launcher)
+    size = (args.height or args.width, args.width or args.height) if args.height or args.width else None
+    done = evaluate_entries(entries, args.prompts, build_metrics(args.metrics, entries), args.out, args.seed,
+                            args.batch_size, size, args.num)
+    if done is not None:
+        print(f'\n{done.table}\n')
+        for name, reason in done.missing.items():
+            print(f'{name} has no value: {reason}')
+        print(f'{done.results}, with results.md and grid.png beside it')
+    stop_processes()
+
+
 def plugins(args: argparse.Namespace) -> None:
     """Lists what was loaded from where."""
     from cdm_plugin import plugins as manager
@@ -226,6 +250,29 @@ def build_parser() -> argparse.ArgumentParser:
     command = add(compare)
     command.add_argument('runs', nargs='+', metavar='RUN', help='work directories of trainings')
     command.add_argument('--out', default='compare.html', help='default compare.html')
+
+    command = add(evaluate)
+    command.add_argument('models', nargs='+', metavar='NAME=SOURCE@CHECKPOINT',
+                         help='a config with a checkpoint or a work directory, or an exported folder; NAME= and '
+                              '@CHECKPOINT may be left out')
+    command.add_argument('--prompts', required=True, metavar='FILE',
+                         help='a txt, jsonl or csv file of prompts or class labels')
+    command.add_argument('--num', type=positive, default=1, help='images a prompt (default 1)')
+    command.add_argument('--metrics', nargs='+', default=[], metavar='METRIC',
+                         help='registered names, or configs with `metrics` or `val_evaluator`; default: val_evaluator '
+                              'of the first config')
+    command.add_argument('--steps', type=positive, nargs='+', default=[], help='default: model.sample_sigmas')
+    command.add_argument('--teacher', action='store_true', help='the teacher of the first config too')
+    command.add_argument('--teacher-steps', type=positive, nargs='+', default=[28], help='default 28')
+    command.add_argument('--teacher-guidance-scale', type=float, help='default 1 + model.alpha')
+    command.add_argument('--seed', type=int, default=0, help='of the noise, the same for all models (default 0)')
+    command.add_argument('--height', type=positive, help='pixels; default: model.image_size')
+    command.add_argument('--width', type=positive, help='pixels; default: as --height')
+    command.add_argument('--batch-size', type=positive, default=4, help='default 4')
+    command.add_argument('--no-ema', action='store_true', help="the students' own weights instead of their EMA's")
+    command.add_argument('--out', required=True, help='folder of images and results; another call goes on with it')
+    command.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    command.add_argument('--cfg-options', **options)
 
     add(plugins)
 

@@ -104,7 +104,9 @@ def _check_keys(path: str, part: Dict[str, Any], cls: type) -> None:
 
 
 def _parameters(cls: type) -> Optional[List[str]]:
-    """Names of a class's arguments; None if a base class outside this package takes any."""
+    """Names of a class's arguments; None if a base class outside this package, or what it hands them to, takes any."""
+    if getattr(cls, 'hands_on_keys', False):
+        return None
     names: List[str] = []
     for base in cls.__mro__:
         if '__init__' not in vars(base):

@@ -1,4 +1,5 @@
 """Pictures for people: tensors to pixels, contact sheets, PNG files."""
+import os
 from pathlib import Path
 from typing import Dict, Sequence, Union
 
@@ -51,10 +52,12 @@ def labelled_grid(rows: Dict[str, Tensor], min_side: int = 48, max_side: int = S
 
 
 def save_png(pixels: np.ndarray, path: Union[str, Path]) -> Path:
-    """Writes uint8 RGB pixels, (H, W, 3), and returns the path; makes the folder."""
+    """Writes uint8 pixels, RGB (H, W, 3) or gray (H, W), whole or not at all; makes the folder, returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    Image.fromarray(pixels).save(part, format='PNG')
+    os.replace(part, path)
     return path
 
 

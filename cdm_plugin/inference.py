@@ -21,7 +21,6 @@ from cdm_plugin.backbones import Backbone
 from cdm_plugin.backbones.base import PARTS_FILE
 from cdm_plugin.config import load_config
 from cdm_plugin.data.embedding_files import read_index
-from cdm_plugin.draws import stream
 from cdm_plugin.engine import StudentEMA
 from cdm_plugin.engine.shards import is_sharded
 from cdm_plugin.export import INDEX_FILE, missing_t5
@@ -207,9 +206,7 @@ def sample_files(method: DiffusionModel, prompts: List[Any], folder: Path, seed:
         for start in range(0, len(prompts), batch_size):
             part = prompts[start:start + batch_size]
             numbers = range(start, start + len(part))
-            noise = torch.cat([torch.randn(method.latent_shape(1), generator=stream(seed, 'sample', i))
-                               for i in numbers])
-            images = sample_prompts(method, part, noise, len(part), **kwargs)
+            images = sample_prompts(method, part, method.noise(seed, numbers), len(part), **kwargs)
             save_pngs(images, folder, [f'{prefix}{i:04d}' for i in numbers])
             factor = min(1.0, SHEET_SIDE / max(images.shape[-2:]))
             small.append(images if factor == 1 else interpolate(images, scale_factor=factor, mode='area'))

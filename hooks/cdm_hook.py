@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from cdm_plugin.condition import Condition
 from cdm_plugin.data import check_cache
 from cdm_plugin.engine import DistillationDataParallel, StudentEMA
+from cdm_plugin.evaluation.prepare import check_shares, prepare_on_all_ranks
 from cdm_plugin.methods import DiffusionModel
 from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.mmengine_compat import pack_message_hub, plain, unpack_message_hub
@@ -69,7 +70,8 @@ class CDMHook(Hook):
     differ: the seed is rank 0's on every rank, and another batch size is an error.
 
     The average (`method.student_ema`) replaces the student's weights in validation and test, and is in every
-    checkpoint under `student_ema`.
+    checkpoint under `student_ema`. A metric of the validation whose package or weights are missing is reported before
+    training starts, and left out.
 
     Args:
         ema_decay (float, optional): Upper limit of the EMA's decay; None turns the EMA off. Default 0.999.
@@ -87,6 +89,7 @@ class CDMHook(Hook):
         self._ema_loaded = False
         self._loaded_before_run = False
         self._swapped: Optional[contextlib.ExitStack] = None
+        self._prepared: List[Any] = []
         self._logs: List[Dict[str, Any]] = []
         self._log_intervals: List[int] = []
         self._checkpoint_hooks: List[CheckpointHook] = []
@@ -129,6 +132,7 @@ class CDMHook(Hook):
         if method.student_ema is not None and not (runner._resume and self._ema_loaded):
             method.student_ema.reset()
             self._ema_loaded = True
+        self._prepare_metrics(runner.val_loop, 'val_dataloader')
         self._defer_logs(runner, method)
         self._check_data(runner, method)
         self._check_accumulation(runner, method)
@@ -244,11 +248,18 @@ class CDMHook(Hook):
                 backend.experiment.add_histogram('train/anchor_sigma_histogram', sigmas, runner.iter + 1,
                                                  bins=HISTOGRAM_EDGES)
 
-    # EMA in validation and test
+    # Validation and test, with the EMA
 
-    def _swap_in(self, runner: Any) -> None:
+    def _prepare_metrics(self, loop: Any, key: str) -> None:
+        if loop is None or loop in self._prepared:
+            return
+        self._prepared.append(loop)
+        check_shares(loop.dataloader, key)
+        loop.evaluator.metrics, _ = prepare_on_all_ranks(loop.evaluator.metrics)
+
+    def _swap_in(self, runner: Any, loop: Any) -> None:
         method = method_of(runner)
-        method.validation_batches = 0
+        method.validated, method.validation_size = 0, len(loop.dataloader.dataset)
         if method.student_ema is not None and self._ema_loaded:
             self._swapped = contextlib.ExitStack()
             self._swapped.enter_context(method.student_ema.applied())
@@ -258,14 +269,20 @@ class CDMHook(Hook):
             self._swapped.close()
             self._swapped = None
 
+    def before_val(self, runner: Any) -> None:
+        self._prepare_metrics(runner.val_loop, 'val_dataloader')
+
+    def before_test(self, runner: Any) -> None:
+        self._prepare_metrics(runner.test_loop, 'test_dataloader')
+
     def before_val_epoch(self, runner: Any) -> None:
-        self._swap_in(runner)
+        self._swap_in(runner, runner.val_loop)
 
     def after_val_epoch(self, runner: Any, metrics: Any = None) -> None:
         self._swap_out()
 
     def before_test_epoch(self, runner: Any) -> None:
-        self._swap_in(runner)
+        self._swap_in(runner, runner.test_loop)
 
     def after_test_epoch(self, runner: Any, metrics: Any = None) -> None:
         self._swap_out()

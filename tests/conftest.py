@@ -10,6 +10,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name != 'test_scale')  # the longest files first, so that none is last
     cuda = torch.cuda.is_available()
     for item in items:
         gpu = 'gpu' in item.keywords

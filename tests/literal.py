@@ -72,11 +72,13 @@ def student_losses(networks, draws, fields, null_fields, alpha, guided):
         if name not in draws.losses:
             continue
         d, x, sigma = draws.losses[name], x_n, sigma_n
-        if name == 'cdm':
+        if 'point_sigma' in d:  # the CDM loss, unless it stays on the trajectory
+            sigma = d['point_sigma']
             with torch.no_grad():
                 v_n = network_velocity(student, x_n, sigma_n, fields)
-            sigma = d['point_sigma']
             x = x_n + (sigma - sigma_n)[:, None, None, None] * v_n
+            if 'point_noise' in d:
+                x = noised(x_n - sigma_n[:, None, None, None] * v_n, d['point_noise'], sigma)
         x0 = denoise(student, x, sigma, fields)
         with torch.no_grad():
             z = noised(x0, d['noise'], d['sigma'])

@@ -13,6 +13,10 @@ SD3 = 'sd3/cdm_sd3-medium_8xb16_4step_4k.py'
 SD3_LORA = 'sd3/cdm_lora_sd3-medium_1xb4_4step_4k.py'
 LONGCAT = 'longcat/cdm_longcat-image_8xb8_4step_2k.py'
 LONGCAT_LORA = 'longcat/cdm_lora_longcat-image_1xb4_4step_2k.py'
+SD3_ZERO2 = 'sd3/cdm_sd3-medium_8xb16_zero2_4step.py'
+SD3_OFFLOAD = 'sd3/cdm_sd3-medium_1xb4_zero2-offload_4step.py'
+LONGCAT_ZERO3 = 'longcat/cdm_longcat-image_8xb8_zero3_4step.py'
+LONGCAT_OFFLOAD = 'longcat/cdm_longcat-image_1xb2_zero3-offload_4step.py'
 FLUX_LORA = 'flux/cdm_lora_flux-dev_1xb1_4step_4k.py'
 
 
@@ -43,10 +47,10 @@ def nothing_loads():
 
 
 @functools.lru_cache(maxsize=None)
-def report_of(recipe):
+def report_of(recipe, gpus=1):
     """The doctor's report of a shipped recipe, made without a network and with room on the disk."""
     from cdm_plugin.config import read_config
     from cdm_plugin.doctor import diagnose
     room = types.SimpleNamespace(free=10**15)
     with nothing_loads(), mock.patch('shutil.disk_usage', return_value=room):
-        return diagnose(read_config(recipe))
+        return diagnose(read_config(recipe), gpus)

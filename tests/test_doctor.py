@@ -1,5 +1,6 @@
 """What `cdm doctor` says, against models that are really built, draws that are really drawn and iterations that run."""
 import math
+import re
 import shutil
 import types
 from collections import Counter
@@ -18,7 +19,7 @@ from torch import nn
 from cdm_plugin import doctor
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.conditioners import Conditioner
-from cdm_plugin.config import load_config, read_config
+from cdm_plugin.config import RECIPES, load_config, read_config
 from cdm_plugin.doctor import Report, diagnose, footprint, format_report, meta
 from cdm_plugin.doctor.calls import ask, expected_calls, grid_lengths
 from cdm_plugin.doctor.footprint import measure
@@ -43,9 +44,13 @@ def config(model=None, optimizer=None, batch=4, hooks=({'type': 'CDMHook'},), **
 # Shipped recipes
 
 
+def gpus_of(recipe):
+    return int(re.search(r'_(\d+)xb', recipe).group(1))
+
+
 @pytest.mark.parametrize('recipe', shipped())
 def test_every_shipped_recipe_is_examined_without_loading_anything(recipe):
-    report, large = report_of(recipe), not recipe.startswith('digits/')
+    report, large = report_of(recipe, gpus_of(recipe)), not recipe.startswith('digits/')
     # The prompts are the user's.
     assert report.problems == (["train_dataloader.dataset: ann_file='data/prompts.txt' does not exist"] * large)
     assert [w for w in report.warnings if 'is not in the cache' not in w and 'no CUDA device' not in w] == []
@@ -54,6 +59,18 @@ def test_every_shipped_recipe_is_examined_without_loading_anything(recipe):
     for part in ('versions', 'recipe', 'memory of one GPU', 'network calls', report.recipe['method']):
         assert part in text
     assert max(map(len, text.splitlines())) < 240
+
+
+@pytest.mark.parametrize('recipe', [name for name in shipped() if not name.startswith('digits/')])
+def test_the_head_of_a_recipe_states_the_estimated_memory(recipe):
+    text = (RECIPES / recipe).read_text()
+    (stated,) = re.findall(r'^# About (\d+) GiB', text, re.M)
+    report = report_of(recipe, gpus_of(recipe))
+    assert report.needed / 2**30 == pytest.approx(int(stated), rel=0.03)
+    cpu = re.findall(r"(\d+) GiB of the CPU's memory", text)
+    assert [report.own_memory.cpu / 2**30] * bool(report.own_memory.cpu) == pytest.approx(list(map(int, cpu)), rel=0.03)
+    assert 'estimated by `cdm doctor`, not run' in text
+    assert len(text.splitlines()) < 25
 
 
 @pytest.mark.parametrize('recipe', [SD3, SD3_LORA])

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import torch
 from mmengine.config import Config
@@ -22,9 +22,12 @@ from cdm_plugin import attention
 from cdm_plugin.assets import resolve
 from cdm_plugin.config import check_config
 from cdm_plugin.doctor.calls import expected_calls
-from cdm_plugin.doctor.memory import _accumulates, build_optimizers, count_parts, estimate_phases
+from cdm_plugin.doctor.memory import (_accumulates, build_optimizers, count_parts, estimate_phases, measured_calls,
+                                      without_gradients)
 from cdm_plugin.doctor.meta import build_on_meta
-from cdm_plugin.doctor.report import Report, _numbers, _problems, _size, format_report
+from cdm_plugin.doctor.report import GPUS, Memory, Report, _numbers, _problems, _size, format_report
+from cdm_plugin.doctor.sharding import SHARINGS, Sharing, chosen, data_parallel, memory
+from cdm_plugin.engine.deepspeed_config import OWN_KEYS, settle_config
 from cdm_plugin.methods import DiffusionModel, Distillation
 from cdm_plugin.sigma_samplers import SigmaSampler
 
@@ -34,12 +37,13 @@ PACKAGES = ('torch', 'mmengine', 'diffusers', 'transformers', 'peft', 'deepspeed
             'bitsandbytes')
 
 
-def diagnose(cfg: Config, gpus: int = 1) -> Report:
+def diagnose(cfg: Config, gpus: int = 1, table: Sequence[int] = GPUS) -> Report:
     """Examines a training config. Nothing is downloaded, and no weights are loaded.
 
     Args:
         cfg (Config): The config, not necessarily valid.
         gpus (int): Number of GPUs, one process each. Default 1.
+        table (Sequence[int]): Numbers of GPUs in the table of ways to share the work. Default 1, 2, 4, 8.
 
     Returns:
         Report: Mistakes are among its `problems`; nothing is raised for them.
@@ -63,11 +67,30 @@ def diagnose(cfg: Config, gpus: int = 1) -> Report:
     report.checkpoint = sum(part.weights + part.optimizer + part.ema for part in report.parts if part.optimizer)
     if wrappers:
         with _problems(report, 'activations'):
-            report.activations, report.phases = estimate_phases(cfg, method, wrappers, batch, report.parts)
+            call = measured_calls(method, wrappers)
+            report.activations, report.phases = estimate_phases(cfg, method, wrappers, batch, report.parts, call)
+            _share(cfg, method, wrappers, batch, report, call, table)
         with _problems(report):
             report.attention = _attention(method, wrappers)
     _check_space(cfg, report, method, wrappers)
     return report
+
+
+def _share(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch: int, report: Report,
+           call: Callable[..., Any], table: Sequence[int]) -> None:
+    """The memory for every way to share the work, and for the config's own."""
+    copies, sharded = (without_gradients(cfg, method, wrappers, batch, report.parts, call, casts)
+                       for casts in (True, False))
+
+    def shared(sharing: Sharing, gpus: int) -> Memory:
+        if sharing.stage == 0:
+            return data_parallel(report.parts, report.phases, copies, gpus)
+        return memory(cfg, method, wrappers, report.parts, sharded, sharing, gpus)
+
+    own = chosen(cfg)
+    report.sharing_gpus = tuple(table)
+    report.sharing = {sharing.name: [shared(sharing, n) for n in table] for sharing in SHARINGS}
+    report.own_sharing, report.own_memory = own.name, shared(own, report.gpus)
 
 
 # What the recipe says
@@ -174,9 +197,12 @@ def _check_surroundings(cfg: Config, report: Report) -> None:
     if report.gpus > 1 and 'model_wrapper_cfg' not in cfg and 'strategy' not in cfg:
         report.problems.append(f'{report.gpus} GPUs: the config needs '
                                "model_wrapper_cfg=dict(type='DistillationDataParallel'), or a strategy that shards")
-    if report.gpus > 1 and 'strategy' in cfg:
-        report.warnings.append('the memory is that of whole copies of the networks: what the strategy shards is not '
-                               'in the estimate')
+    if 'strategy' in cfg and report.versions['deepspeed'] == 'not installed':
+        report.problems.append("strategy needs deepspeed: pip install 'cdm_plugin[scale]'")
+    elif cfg.get('strategy', {}).get('type') == 'DistillationDeepSpeedStrategy':
+        with _problems(report):
+            settings = {k: v for k, v in cfg.strategy.to_dict().items() if k not in OWN_KEYS | {'type'}}
+            settle_config(settings.pop('config', None), settings)
     dataset = cfg.get('train_dataloader', {}).get('dataset')
     for part in _dicts(dataset):
         root = part.get('data_root') or ''
@@ -213,11 +239,12 @@ def _check_space(cfg: Config, report: Report, method: DiffusionModel, wrappers: 
     """GPU memory, disk, and checkpoints that lose gradients."""
     if torch.cuda.is_available() and report.phases:
         total = torch.cuda.get_device_properties(0).total_memory
-        if report.peak > total:
-            report.problems.append(f'about {_size(report.peak)} are needed at a time, but this GPU has {_size(total)}')
-        elif report.peak > 0.9 * total:
-            report.warnings.append(f'about {_size(report.peak)} of this GPU\'s {_size(total)} are needed, and CUDA and '
-                                   'the allocator take some too')
+        if report.needed > total:
+            report.problems.append(f'about {_size(report.needed)} are needed at a time, but this GPU has '
+                                   f'{_size(total)}')
+        elif report.needed > 0.9 * total:
+            report.warnings.append(f'about {_size(report.needed)} of this GPU\'s {_size(total)} are needed, and CUDA '
+                                   'and the allocator take some too')
     checkpoint = cfg.get('default_hooks', {}).get('checkpoint') or {}
     folder = Path(cfg.get('work_dir') or 'work_dirs').absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free

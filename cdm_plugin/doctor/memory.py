@@ -1,6 +1,8 @@
 """What stays in a GPU's memory, and what an iteration adds to it."""
 import copy
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import functools
+from dataclasses import replace
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
@@ -125,8 +127,8 @@ def _dtypes(tensors: Sequence[Tensor]) -> str:
     return ' and '.join(sorted({str(t.dtype).removeprefix('torch.') for t in tensors})) or 'none'
 
 
-def estimate_phases(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch: int,
-                    parts: Sequence[Part]) -> Tuple[Dict[str, int], Dict[str, int]]:
+def estimate_phases(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch: int, parts: Sequence[Part],
+                    call: Callable[..., Footprint]) -> Tuple[Dict[str, int], Dict[str, int]]:
     """The memory of one iteration, phase by phase.
 
     Args:
@@ -135,13 +137,13 @@ def estimate_phases(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any
         wrappers (dict): Its optimizer wrappers by role.
         batch (int): Samples of one GPU.
         parts (Sequence[Part]): What stays in memory.
+        call (Callable): (role, samples, with gradient) -> Footprint of one call.
 
     Returns:
         tuple: Bytes that single calls add, and bytes on top of the parts for each phase.
     """
     named = {part.name: part for part in parts}
-    dtype = getattr(wrappers['student'], 'dtype', None)
-    student = measure(method, 'student', batch, True, dtype)
+    student = call('student', batch, True)
     calls = {f'student, {batch} with gradient': student.waiting + student.backward}
     # Gradients that are accumulated stay; others live from their backward pass to their optimizer step.
     kept = sum(named[role].gradients for role in wrappers if _accumulates(wrappers[role]))
@@ -150,7 +152,7 @@ def estimate_phases(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any
     phases, sampling = {}, 0
     if isinstance(method, Distillation):
         questions, points = ask(method)
-        fake = measure(method, 'fake', batch, True, dtype)
+        fake = call('fake', batch, True)
         calls[f'fake score, {batch} with gradient'] = fake.waiting + fake.backward
         phases['fake-score step'] = student.waiting + max(
             fake.running, max(fake.waiting, gradients['fake']) + fake.backward)
@@ -158,12 +160,12 @@ def estimate_phases(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any
                                             + _step_bytes(cfg, 'fake', named['fake']))
         own = Footprint()
         if points:
-            own = student if points == 1 else measure(method, 'student', points * batch, True, dtype)
+            own = student if points == 1 else call('student', points * batch, True)
             calls[f'student, {points * batch} off the trajectory'] = own.waiting + own.backward
         asked = 0
         for role, count in questions.items():
             size = min(count * batch, method.max_batch_per_call or count * batch)
-            answer = measure(method, role, size, False, dtype)
+            answer = call(role, size, False)
             calls[f'{ROLES[role]}, {size} without gradient'] = answer.running
             asked = max(asked, answer.running)
             # Guidance doubles the teacher's batch.
@@ -186,6 +188,28 @@ def estimate_phases(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any
         calls["autocast's copies of a role's weights"] = student.casts
     return ({name: int(value) for name, value in calls.items()},
             {name: int(value) + kept for name, value in phases.items()})
+
+
+def measured_calls(method: DiffusionModel, wrappers: Dict[str, Any]) -> Callable[..., Footprint]:
+    """`measure` for `estimate_phases`, which runs each call once."""
+    dtype = getattr(wrappers['student'], 'dtype', None)
+
+    @functools.lru_cache(maxsize=None)
+    def call(role: str, batch: int, grad: bool) -> Footprint:
+        return measure(method, role, batch, grad, dtype)
+
+    return call
+
+
+def without_gradients(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch: int, parts: Sequence[Part],
+                      call: Callable[..., Footprint], casts: bool) -> int:
+    """Most that an iteration adds without gradients, and without autocast's copies of weights if `casts` is False."""
+    ungraded = [replace(part, gradients=0) for part in parts]
+
+    def measured(*args: Any) -> Footprint:
+        return call(*args) if casts else call(*args)._replace(casts=0, held_casts=0)
+
+    return max(estimate_phases(cfg, method, wrappers, batch, ungraded, measured)[1].values())
 
 
 def _accumulates(wrapper: Any) -> bool:

@@ -5,6 +5,8 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 # Mistakes in a config or in the data, as in cli.py.
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError)
+# Numbers of GPUs in the table of ways to share the work.
+GPUS = (1, 2, 4, 8)
 ROLES = dict(student='student', fake='fake score', teacher='teacher')
 
 
@@ -53,6 +55,27 @@ class Calls:
 
 
 @dataclass
+class Memory:
+    """What one of several GPUs holds, in bytes.
+
+    Attributes:
+        resident (float): What stays.
+        step (float): What comes on top while gradients are reduced and weights gathered.
+        iteration (float): What an iteration adds, without gradients.
+        cpu (float): What one process keeps in the CPU's memory.
+    """
+    resident: float = 0
+    step: float = 0
+    iteration: float = 0
+    cpu: float = 0
+
+    @property
+    def peak(self) -> float:
+        """Most at one time, as if everything that comes on top came together."""
+        return self.resident + self.step + self.iteration
+
+
+@dataclass
 class Report:
     """What `diagnose` found; what could not be found out is empty.
 
@@ -66,6 +89,10 @@ class Report:
         parts (list[Part]): What stays in a GPU's memory, role by role.
         activations (dict): Call -> bytes that it adds while it runs.
         phases (dict): Phase of an iteration -> bytes on top of the parts.
+        sharing_gpus (tuple): Numbers of GPUs in `sharing`.
+        sharing (dict): Way to share the work -> memory of one of so many GPUs.
+        own_sharing (str): The config's way.
+        own_memory (Memory): A GPU's memory in the config's way on `gpus`.
         checkpoint (int): Bytes of a checkpoint on disk.
         calls (Calls): Network calls.
         problems (list[str]): What will fail.
@@ -80,6 +107,10 @@ class Report:
     parts: List[Part] = field(default_factory=list)
     activations: Dict[str, int] = field(default_factory=dict)
     phases: Dict[str, int] = field(default_factory=dict)
+    sharing_gpus: Tuple[int, ...] = ()
+    sharing: Dict[str, List[Memory]] = field(default_factory=dict)
+    own_sharing: str = ''
+    own_memory: Optional[Memory] = None
     checkpoint: int = 0
     calls: Optional[Calls] = None
     problems: List[str] = field(default_factory=list)
@@ -96,8 +127,13 @@ class Report:
 
     @property
     def peak(self) -> int:
-        """Largest number of bytes on a GPU at one time; allocator and CUDA context come on top."""
+        """Largest number of bytes at one time in one process alone; allocator and CUDA context come on top."""
         return self.resident + max(self.phases.values(), default=0)
+
+    @property
+    def needed(self) -> int:
+        """The same on each of `gpus` GPUs, shared as the config says."""
+        return self.peak if self.own_memory is None else int(self.own_memory.peak)
 
 
 @contextlib.contextmanager
@@ -135,6 +171,11 @@ def format_report(report: Report) -> str:
             [[name, _size(value)] for name, value in report.phases.items()])]
         lines.append(f'  at most {_size(report.resident)} + {_size(max(report.phases.values()))} = '
                      f'{_size(report.peak)} at a time, and what CUDA and the allocator take')
+    if report.sharing:
+        lines += ['', 'memory of each GPU at most, estimated, by the number of GPUs', *_table(_sharing_rows(report))]
+        own, count = report.own_memory, f'{report.gpus} GPU{"s" * (report.gpus > 1)}'
+        lines.append(f'  this config on {count}: {_size(own.resident)} stay on each, at most {_size(own.peak)} at a '
+                     'time' + (f'; {_size(own.cpu)} a process in the CPU\'s memory' if own.cpu else ''))
     if report.checkpoint:
         lines.append(f'  a checkpoint on disk: {_size(report.checkpoint)}')
     if report.calls is not None:
@@ -153,6 +194,14 @@ def _memory_rows(report: Report) -> List[List[str]]:
                      *(_size(n) if n else '' for n in sizes), part.note])
     sums = (sum(getattr(part, key) for part in report.parts) for key in ('weights', 'optimizer', 'ema'))
     return [*rows, ['together', '', '', *(_size(n) if n else '' for n in sums)]]
+
+
+def _sharing_rows(report: Report) -> List[List[str]]:
+    rows = [['', *map(str, report.sharing_gpus)]]
+    for name, memories in report.sharing.items():
+        mark = 'as this config' if name == report.own_sharing else ''
+        rows.append([name, *(_size(memory.peak) for memory in memories), mark])
+    return rows
 
 
 def _call_lines(calls: Calls) -> List[str]:

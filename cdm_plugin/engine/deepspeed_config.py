@@ -1,13 +1,18 @@
 """DeepSpeed's config: what of it a strategy with two engines takes, and where else the rest is said."""
 import copy
+import difflib
+import json
 import logging
 import warnings
-from typing import Any, Dict, Optional
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
 
 from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS
 
+# Arguments of MMEngine's BaseStrategy.
+OWN_KEYS = {'work_dir', 'experiment_name', 'env_kwargs', 'log_kwargs', 'auto_scale_lr'}
 # Keys of DeepSpeed that would contradict the rest of the config, and where to say it instead.
 ELSEWHERE = dict(
     gradient_clipping='optim_wrapper.<role>.clip_grad=dict(max_norm=...)',
@@ -15,6 +20,24 @@ ELSEWHERE = dict(
     scheduler='param_scheduler', train_batch_size='train_dataloader.batch_size (of one process)',
     fp16='strategy.bf16=dict(enabled=True): float16 overflows in these models', amp='strategy.bf16=dict(enabled=True)',
     activation_checkpointing='model.activation_checkpointing')
+
+
+def settle_config(config: Union[None, str, Dict[str, Any]], settings: Dict[str, Any]) -> Dict[str, Any]:
+    """DeepSpeed's config, checked, of the strategy's arguments.
+
+    Args:
+        config (dict or str, optional): DeepSpeed's config, or the path of its JSON file.
+        settings (dict): What is said beside it; None is not said.
+
+    Raises:
+        ValueError: For a key that cannot work, in one line.
+    """
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text())
+    settled = {**(config or {}), **{key: copy.deepcopy(value) for key, value in settings.items() if value is not None}}
+    settled.setdefault('zero_optimization', dict(stage=2))
+    check_config(settled)
+    return settled
 
 
 def check_config(config: Dict[str, Any]) -> None:
@@ -26,6 +49,11 @@ def check_config(config: Dict[str, Any]) -> None:
     for key, instead in ELSEWHERE.items():
         if config.get(key):
             raise ValueError(f'strategy.{key} does not go with two engines: set {instead}')
+    from deepspeed.runtime import config as deepspeed_config  # DeepSpeed itself says nothing of keys that it ignores
+    known = sorted({value for value in vars(deepspeed_config).values() if isinstance(value, str)})
+    for key in config.keys() - {'zero_optimization', *known}:
+        for meant in difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ValueError(f'strategy.{key} is unknown to DeepSpeed; did you mean {meant!r}?')
     zero = config['zero_optimization']
     zero.setdefault('stage', 2)
     if zero['stage'] not in (1, 2, 3):

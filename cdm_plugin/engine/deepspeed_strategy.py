@@ -1,6 +1,4 @@
 """DeepSpeed under MMEngine's FlexibleRunner: one engine a trained role, partitioned frozen networks."""
-import copy
-import json
 import logging
 import os
 import time
@@ -19,7 +17,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
-from cdm_plugin.engine.deepspeed_config import check_config, engine_config, import_deepspeed, initialize
+from cdm_plugin.engine.deepspeed_config import OWN_KEYS, engine_config, import_deepspeed, initialize, settle_config
 from cdm_plugin.engine.launch import start_processes
 from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, EngineOptimWrapper, RoleOptimWrapperDict
 from cdm_plugin.engine.partition import build_partitioned, partition_frozen
@@ -49,28 +47,22 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         train_micro_batch_size_per_gpu (int, optional): Must be train_dataloader.batch_size. Default: that.
         **kwargs: Other sections of DeepSpeed's config, and arguments of MMEngine's BaseStrategy.
     """
+    hands_on_keys = True
 
     def __init__(self, *, config: Union[None, str, Dict[str, Any]] = None,
                  zero_optimization: Optional[Dict[str, Any]] = None, bf16: Optional[Dict[str, Any]] = None,
                  train_micro_batch_size_per_gpu: Optional[int] = None, **kwargs: Any) -> None:
         import_deepspeed()
-        own = ('work_dir', 'experiment_name', 'env_kwargs', 'log_kwargs', 'auto_scale_lr')
-        if isinstance(config, str):
-            config = json.loads(Path(config).read_text())
-        self.config = {**(config or {}), **{k: v for k, v in kwargs.items() if k not in own}}
-        for key, value in dict(zero_optimization=zero_optimization, bf16=bf16,
-                               train_micro_batch_size_per_gpu=train_micro_batch_size_per_gpu).items():
-            if value is not None:
-                self.config[key] = copy.deepcopy(value)
-        self.config.setdefault('zero_optimization', dict(stage=2))
-        check_config(self.config)
+        own = {key: kwargs.pop(key) for key in OWN_KEYS & kwargs.keys()}
+        self.config = settle_config(config, dict(kwargs, zero_optimization=zero_optimization, bf16=bf16,
+                                                 train_micro_batch_size_per_gpu=train_micro_batch_size_per_gpu))
         self.engines: Dict[str, Any] = {}
         self.shards: Dict[str, Shards] = {}
         self._frozen_engines: List[Any] = []
         self._buffers: Dict[str, Tensor] = {}
         # This rank's pieces of the weights as they were loaded, before they were rounded to what the networks run in.
         self._pretrained: Dict[nn.Module, Dict[str, Tensor]] = {}
-        super().__init__(**{k: v for k, v in kwargs.items() if k in own})
+        super().__init__(**own)
 
     @property
     def stage(self) -> int:
@@ -176,7 +168,7 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
             engine.weight_shards = shards
             self.engines[role], self.shards[role] = engine, shards
             model._modules[role] = engine
-            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper)
+            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper, self._frozen_engines)
         self._pretrained.clear()
         self._check_merge(model)
         return model

@@ -2,10 +2,11 @@
 import datetime
 import os
 import subprocess
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch.distributed as dist
 from mmengine.device import get_device
+from mmengine.dist import broadcast_object_list, get_rank
 
 # What each launcher tells its processes, under its own names.
 VARIABLES = {
@@ -60,6 +61,27 @@ def stop_processes() -> None:
     """Leaves the process group of a run that has ended well."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def on_first_rank(function: Callable[[], Any], failed: str) -> Any:
+    """Calls a function on rank 0 and returns what it does; None on the other ranks. Every rank must call it.
+
+    Raises:
+        Exception: On rank 0, what the function raised; a ValueError on the others, `failed` and what it was.
+    """
+    result, error = None, None
+    if get_rank() == 0:
+        try:
+            result = function()
+        except Exception as raised:  # whatever it is, the others must not wait for it
+            error = raised
+    message = [None if error is None else f'{failed}: {type(error).__name__}: {error}']
+    broadcast_object_list(message)
+    if error is not None:
+        raise error
+    if message[0] is not None:
+        raise ValueError(message[0])
+    return result
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

@@ -1,6 +1,6 @@
 """Optimizers keyed by role."""
 import contextlib
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 from mmengine.logging import print_log
@@ -56,12 +56,13 @@ class EngineOptimWrapper(OptimWrapper):
     Args:
         engine (DeepSpeedEngine): The role's engine.
         wrapper (OptimWrapper): What the config's optimizer wrapper would be without DeepSpeed.
+        frozen (Sequence[DeepSpeedEngine]): Engines of frozen networks that gradients may pass through.
     """
 
-    def __init__(self, engine: Any, wrapper: OptimWrapper) -> None:
+    def __init__(self, engine: Any, wrapper: OptimWrapper, frozen: Sequence[Any] = ()) -> None:
         super().__init__(wrapper.optimizer, wrapper._accumulative_counts)
         self.base_param_settings = wrapper.base_param_settings
-        self.engine, self.logs_norm = engine, bool(wrapper.clip_grad_kwargs)
+        self.engine, self.logs_norm, self.frozen = engine, bool(wrapper.clip_grad_kwargs), frozen
         self.grad_norm: Optional[Tensor] = None
 
     def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
@@ -74,6 +75,9 @@ class EngineOptimWrapper(OptimWrapper):
         self._inner_count += 1
         self.engine.set_gradient_accumulation_boundary(self.should_update())
         self.engine.backward(loss, scale_wrt_gas=False)
+        # A network called twice before one backward pass leaves weights gathered, which only its own engine releases.
+        for engine in self.frozen:
+            engine.optimizer.release_backward_leftovers()
 
     def step(self, **kwargs: Any) -> None:
         """The engine's step, which does nothing before the accumulation is complete."""

@@ -4,7 +4,7 @@ A pretrained network is loaded by rank 0 alone, which hands it out weight by wei
 shapes. So one process at a time holds one whole network, whatever the number of ranks.
 """
 import contextlib
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.device import get_device
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.engine.deepspeed_config import import_deepspeed, initialize
+from cdm_plugin.engine.launch import on_first_rank
 
 Layout = Dict[str, Tuple[Tuple[int, ...], torch.dtype]]
 
@@ -35,29 +36,12 @@ def build_partitioned(backbone: Backbone, config: Dict[str, Any], dtype: Optiona
     Raises:
         ValueError: On every rank, if rank 0 cannot load it.
     """
-    network = _on_first_rank(lambda: backbone.load_network(dtype))
+    network = on_first_rank(lambda: backbone.load_network(dtype), 'rank 0 could not load a network')
     layout = _share_layout(network)
     if network is None:
         network = backbone.empty_network(dtype)
     pieces = _hand_out(network, layout, config, run_dtype)
     return backbone.compile_blocks(network), pieces
-
-
-def _on_first_rank(load: Callable[[], nn.Module]) -> Optional[nn.Module]:
-    """Calls it on rank 0 and returns None on the others; an error is raised on all of them."""
-    network, error = None, None
-    if get_rank() == 0:
-        try:
-            network = load()
-        except Exception as raised:  # whatever it is, the others must not wait for it
-            error = raised
-    message = [None if error is None else f'{type(error).__name__}: {error}']
-    broadcast_object_list(message)
-    if error is not None:
-        raise error
-    if message[0] is not None:
-        raise ValueError(f'rank 0 could not load a network: {message[0]}')
-    return network
 
 
 def _share_layout(network: Optional[nn.Module]) -> Layout:

@@ -1,7 +1,7 @@
 """What every method is: an MMEngine model with a backbone, a student network, and a way to sample from it."""
 import contextlib
 from collections import Counter
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.dist import get_rank, get_world_size
@@ -51,6 +51,8 @@ class DiffusionModel(BaseModel):
         log_sink (Callable): Takes the scalars of an iteration in place of `train_step`'s caller, or None; kept by
             CDMHook, which brings them to the host when they are due.
         config (Config): The training config, kept by load_method for the model card; or None.
+        validated (int): Samples of this rank since the validation began, of `validation_size` on all ranks; kept with
+            CDMHook.
         calls (Counter): Network calls of the last train_step by (role, with gradient).
         call_samples (Counter): The same, counted in samples.
     """
@@ -75,7 +77,7 @@ class DiffusionModel(BaseModel):
         self.student_updated = False
         self.student_ema = None
         self.anchor_sigma: Optional[Tensor] = None
-        self.validation_batches = 0
+        self.validated, self.validation_size = 0, None
         self.config: Any = None
         self.autocast_dtype: Optional[torch.dtype] = None
         self.log_sink: Optional[Callable[[Dict[str, Any]], None]] = None
@@ -321,24 +323,41 @@ class DiffusionModel(BaseModel):
             network.train(training)
         return self.backbone.codec.decode(latents)
 
-    def forward(self, mode: str = 'predict', **data: Any) -> List[Dict[str, Any]]:
-        """Samples a preprocessed batch of prompts, for validation and test.
+    def noise(self, seed: int, indices: Iterable[int]) -> Tensor:
+        """The noise that an evaluation starts from: each row depends on the seed and its index alone.
+
+        Args:
+            seed (int): The seed.
+            indices (Iterable[int]): B numbers of samples.
 
         Returns:
-            list[dict]: One a sample: `image` (C, H, W) in [-1, 1] and, if known, `prompt`.
+            Tensor: Standard normal, (B, C, h, w), on the CPU.
+        """
+        return torch.cat([torch.randn(self.latent_shape(1), generator=stream(seed, 'sample', i)) for i in indices])
+
+    def forward(self, mode: str = 'predict', **data: Any) -> List[Dict[str, Any]]:
+        """Samples a preprocessed batch of prompts with `sample_sigmas`, for validation and test.
+
+        A sample's noise depends on the run's seed and the sample's place in the dataset alone (of MMEngine's
+        DefaultSampler without shuffling): it is the same in every validation, for any batch size and number of ranks,
+        and the one that `cdm sample` and `cdm evaluate` draw with that seed.
+
+        Returns:
+            list[dict]: One a sample: `image` (C, H, W) in [-1, 1], `index` in the dataset and, if known, `prompt`.
         """
         if mode not in ('predict', 'tensor'):
             raise ValueError(f'{type(self).__name__} has no forward mode {mode!r}: training goes through train_step')
         condition = self.backbone.condition(data)
-        noise = torch.randn(self.latent_shape(len(condition)),
-                            generator=stream(self.seed, get_rank(), 'validation', self.validation_batches))
-        self.validation_batches += 1
-        images = self.sample(condition, noise)
+        indices = [get_rank() + get_world_size() * (self.validated + i) for i in range(len(condition))]
+        self.validated += len(condition)
+        if self.validation_size is not None:  # the sampler fills up the ranks' shares with the first samples
+            indices = [i % self.validation_size for i in indices]
+        images = self.sample(condition, self.noise(self.seed, indices))
         prompts = data.get('prompt')
         if isinstance(prompts, Tensor):
             prompts = prompts.tolist()
-        return [dict(image=image, **({} if prompts is None else dict(prompt=prompts[i])))
-                for i, image in enumerate(images)]
+        return [dict(image=image, index=index, **({} if prompts is None else dict(prompt=prompt)))
+                for image, index, prompt in zip(images, indices, prompts or indices)]
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 # DMD2 (arXiv 2405.14867, image-free) on LongCat-Image with the settings of CDM's published recipe, the baseline beside
 # it: 8 GPUs x 8 prompts. One student step every 5 iterations as in DMD2's paper makes 400; student_every=2 makes 1,000.
 #
-# About 230 GiB a GPU (estimated by `cdm doctor`, not run): weights, gradients and AdamW's state of 6.3 B parameters in
-# float32, twice. On smaller GPUs they must be sharded (README, "Several GPUs").
+# About 275 GiB a GPU (estimated by `cdm doctor`, not run): weights, gradients and AdamW's state of 6.3 B parameters in
+# float32, twice. On smaller GPUs they must be sharded, as in cdm_longcat-image_8xb8_zero3_4step.py.
 _base_ = [
     '../_base_/large_runtime.py', '../_base_/models/longcat_image.py', '../_base_/datasets/prompts.py',
     '../_base_/schedules/distillation_2k.py'

@@ -16,7 +16,7 @@ def short_run(tmp_path):
     def build(recipe=CDM, iters=4, work_dir=None, **options):
         defaults = {
             'train_cfg.max_iters': iters, 'train_dataloader.batch_size': 4, 'default_hooks.logger.interval': 1,
-            'log_level': 'WARNING', 'work_dir': str(work_dir or tmp_path / 'run'),
+            'val_dataloader.dataset.length': 20, 'log_level': 'WARNING', 'work_dir': str(work_dir or tmp_path / 'run'),
             # MMEngine keeps one instance a name, and names runs by the second.
             'experiment_name': f'run{next(_counter)}'}
         return Runner.from_cfg(load_config(recipe, {**defaults, **options}))

@@ -13,7 +13,7 @@ def demo(tmp_path_factory):
     options = {'train_cfg.max_iters': 120, 'param_scheduler.student.1.end': 120, 'param_scheduler.fake.1.end': 120}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('OMP_NUM_THREADS', '1')  # more threads than free cores wait for each other
-        results = run(str(work_dir), options, num_samples=400)
+        results = run(str(work_dir), options, num_samples=250)
     rows = {(row['model'], row['steps']): row for row in json.loads(results.read_text())['rows']}
     return work_dir, rows
 

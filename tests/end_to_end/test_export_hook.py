@@ -29,6 +29,7 @@ def text_run(short_run, tmp_path):
             'model': dict(model, _delete_=True), 'train_dataloader.batch_size': 2,
             'train_dataloader.dataset': dict(type='PromptDataset', ann_file=str(tmp_path / 'prompts.txt'),
                                              _delete_=True),
+            'val_dataloader': None, 'val_cfg': None, 'val_evaluator': None,  # of the digits
             'custom_hooks': [dict(type='CDMHook')] + (
                 [] if hook is None else [dict(hook, type='PipelineExportHook')]),
             **options})

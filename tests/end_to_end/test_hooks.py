@@ -81,7 +81,7 @@ def test_grids_by_step_count_stand_beside_the_first(short_run, tmp_path):
     """One step from noise, computed by hand: student and EMA x0 = noise - v(noise, 1), the teacher with guidance 2."""
     runner = short_run(iters=2, **{'custom_hooks.1.interval': 2, 'custom_hooks.1.steps': [1, 2]})
     runner.train()
-    images = {p.name for p in (tmp_path / 'run').glob('*/vis_data/vis_image/*')}
+    images = {p.name for p in (tmp_path / 'run').glob('*/vis_data/vis_image/samples*')}
     assert images == {f'samples{grid}_{step}.png' for grid in ('', '_1_steps', '_2_steps') for step in (0, 2)}
     hook = next(h for h in runner.hooks if type(h).__name__ == 'SampleGridHook')
     rows, method = hook.rows(runner, 1), runner.model

@@ -47,7 +47,8 @@ def test_killed_and_resumed_run_ends_in_the_same_bits(tmp_path):
     def arguments(work_dir, *extra):
         return ['train', CDM, '--work-dir', str(work_dir), *extra, '--cfg-options', 'train_cfg.max_iters=12',
                 'train_dataloader.batch_size=8', 'default_hooks.checkpoint.interval=4',
-                'default_hooks.checkpoint.max_keep_ckpts=-1', 'custom_hooks.1.interval=1000']
+                'default_hooks.checkpoint.max_keep_ckpts=-1', 'custom_hooks.1.interval=1000',
+                'custom_hooks.1.teacher_steps=1', 'custom_hooks.1.steps=[]']
 
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     run, kwargs = command(whole, *arguments(whole))

@@ -96,6 +96,7 @@ def options(work_dir, **more):
     """A short run of the digits recipe on every rank."""
     return {
         'train_cfg.max_iters': 8, 'train_dataloader.batch_size': 2, 'train_dataloader.num_workers': 0,
+        'val_dataloader.dataset.length': 10,
         'default_hooks.checkpoint.interval': 4, 'default_hooks.logger.interval': 3,
         'custom_hooks.0.histogram_interval': 4, 'custom_hooks.1.teacher_steps': 2, 'custom_hooks.1.interval': 4,
         'model_wrapper_cfg.type': WRAPPER['type'],

@@ -192,6 +192,7 @@ def test_killed_rank_ends_the_job_and_the_last_checkpoint_resumes(runs, tmp_path
     (dict(zero_optimization=dict(stage=2, offload_param=dict(device='cpu'))), {}, 'needs stage=3'),
     (dict(zero_optimization=dict(stage=3, offload_param=dict(device='nvme'))), {}, 'offload_param.device'),
     (dict(zero_optimization=dict(stage=2, reduce_buckets=1)), {}, 'strategy.zero_optimization.reduce_buckets'),
+    (dict(communication_datatype='fp32'), {}, "did you mean 'communication_data_type'?"),
     (dict(gradient_clipping=1.0), {}, 'optim_wrapper.<role>.clip_grad'),
     (dict(fp16=dict(enabled=True)), {}, 'strategy.bf16'),
     (dict(train_micro_batch_size_per_gpu=3), {}, 'train_dataloader.batch_size=4')])

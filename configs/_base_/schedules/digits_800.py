@@ -18,4 +18,4 @@ param_scheduler = dict(
     fake=[
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
         dict(type='CosineAnnealingLR', eta_min=4e-5, by_epoch=False, begin=20, end=800)])
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=800)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=800, val_interval=200)

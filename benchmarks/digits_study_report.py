@@ -1,0 +1,192 @@
+"""Writes docs/results.md from what the study on the digits has measured so far.
+
+    python benchmarks/digits_study_report.py
+
+Every table comes from `docs/study/*.json`; the section "What it says" is `docs/study/findings.md`, written by hand.
+"""
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import digits_study_plan as plan
+
+STEPS = (1, 2, 3, 4, 6, 8)
+Result = Dict[str, Any]
+Table = List[List[str]]
+
+INTRODUCTION = '''# CDM, DMD2 and DecoupledDMD on the digits
+
+Written by `benchmarks/digits_study_report.py` from the raw results in `docs/study/`; do not edit. `python
+benchmarks/digits_study.py --budget-minutes 60` runs more of the study, from where these results stop, on any machine;
+with `--only ROW ...`, several processes share the rows.
+
+Every row is the demo's recipe with the changes that `benchmarks/digits_study_plan.py` states (alpha 1, batch 32, two
+fake-score steps a student step for every method, where DMD2's own paper has 5), trained through MMEngine's runner. The
+EMA student is judged on {num_samples} samples from the same noise and labels: Fréchet distance (FD) to as many samples
+of the guided teacher at 50 steps, in the features of the digits' classifier; FD to 1,000 held-out real digits; the
+share of samples that the classifier sees as what was asked for; improved precision and recall against both sets (3
+nearest neighbours). Figures are means over seeds, with the standard deviation between seeds where there are two or
+more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout included; one
+with a backward counts as 3. An FD is biased by the number of samples: the guided teacher at 50 steps, on other noise
+than the reference, is the floor.
+'''
+
+GROUPS = {
+    'main': ('Methods', 'The published recipes; `-aware` with the anchor-aware fake score, and `decoupled-dmd-aware` '
+             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), at the demo\'s length too.'),
+    'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
+                'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
+                'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
+    'forwards': ('Equal forwards', 'The baselines for as many network forwards as `cdm-consistent` has in 200 student '
+                 'steps.'),
+    'grid': ('Time grid and CDM loss, on the consistent recipe', 'Fixed without the loss is `decoupled-dmd-aware`, '
+             'dynamic with it `cdm-consistent`.'),
+    'ablations': ('Ablations of the consistent recipe', 'One change each to `cdm-consistent`.'),
+    'published': ('Ablations of the published recipe', 'One change each to `cdm`.'),
+    'drift': ('What the published recipe\'s own settings do to its drift', 'alpha 7, learning rates 1e-5 and 5e-6, and '
+              'batch 128 (4 times the samples a step), one at a time. With alpha 7 the reference is the teacher at '
+              'guidance scale 8.'),
+    'length': ('Longer training', 'The demo\'s length (400), twice and four times as long.'),
+}
+PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm-aware', 'cdm'),
+         ('cdm-consistent', 'cdm'), ('cdm', 'dmd2'), ('cdm', 'decoupled-dmd'), ('decoupled-dmd-aware', 'dmd2-aware'),
+         ('cdm-consistent', 'dmd2-aware'), ('cdm-consistent', 'decoupled-dmd-aware'),
+         ('cdm-consistent', 'dmd2-aware-equal-forwards'), ('cdm-consistent', 'decoupled-dmd-aware-equal-forwards'),
+         ('cdm-consistent-400', 'cdm-consistent'))
+
+
+def spread(values: Sequence[Optional[float]], digits: int) -> str:
+    """Mean and standard deviation; 'diverged' if a run was not finite, nothing without runs."""
+    if not values:
+        return ''
+    if None in values:
+        return 'diverged'
+    mean = f'{statistics.mean(values):.{digits}f}'
+    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.{digits}f}'
+
+
+def markdown(head: Sequence[str], rows: Table) -> str:
+    """A table."""
+    lines = ['| ' + ' | '.join(row) + ' |' for row in [list(head), ['---'] * len(head), *rows]]
+    return '\n'.join(lines) + '\n'
+
+
+def final(result: Result, steps: int, measure: str) -> List[Optional[float]]:
+    """A measure at the end of every run, at a number of sampling steps."""
+    return [entry[measure] for run in result['runs'] for entry in run['final'] if entry['steps'] == steps]
+
+
+def distances(results: List[Result], measure: str) -> str:
+    """FD by sampling steps."""
+    rows = [[r['row'], str(len(r['runs'])), str(r['student_steps']), f'{r["forwards_a_step"]:g}']
+            + [spread(final(r, steps, measure), 1) for steps in STEPS] for r in results]
+    return markdown(['row', 'seeds', 'student steps', 'forwards', *(_steps(steps) for steps in STEPS)], rows)
+
+
+def _steps(number: int) -> str:
+    return f'{number} step' if number == 1 else f'{number} steps'
+
+
+def quality(results: List[Result]) -> str:
+    """Accuracy, precision and recall at 4 steps."""
+    measures = ('accuracy', 'precision', 'recall', 'precision_real', 'recall_real')
+    rows = [[r['row']] + [spread(final(r, 4, measure), 3) for measure in measures] for r in results]
+    return markdown(['row, at 4 steps', 'accuracy', 'precision', 'recall', 'precision (real)', 'recall (real)'], rows)
+
+
+def curves(results: List[Result]) -> str:
+    """FD at 4 steps over training."""
+    rows = []
+    for r in results:
+        points = zip(*([*(e['fd'] for e in run['curve']), *(e['fd'] for e in run['final'] if e['steps'] == 4)]
+                       for run in r['runs']))
+        total = f'{r["student_steps"] * r["forwards_a_step"]:,.0f}'
+        rows.append([r['row'], *(spread(values, 1) for values in points), total])
+    return markdown(['row, FD at 4 steps', '1/4 of the run', '1/2', '3/4', 'the end', 'forwards of the run'], rows)
+
+
+def differences(results: Dict[str, Result]) -> str:
+    """FD of one row less that of another on the same seed, so on the same draws."""
+    rows = []
+    for one, other in PAIRS:
+        if one in results and other in results:
+            a, b = ({run['seed']: {e['steps']: e['fd'] for e in run['final']} for run in results[name]['runs']}
+                    for name in (one, other))
+            seeds = sorted(a.keys() & b.keys())
+            row = [f'{one} - {other}', str(len(seeds))]
+            for steps in STEPS:
+                pairs = [(a[seed][steps], b[seed][steps]) for seed in seeds]
+                lower = sum(None not in pair and pair[0] < pair[1] for pair in pairs)
+                less = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+                row.append(f'{spread(less, 1)} ({lower}/{len(seeds)})' if seeds else '')
+            rows.append(row)
+    return markdown(['FD, paired by seed', 'seeds', *(_steps(steps) for steps in STEPS)], rows)
+
+
+def teacher(result: Result) -> str:
+    """The teacher's own rows; a guided step is two forwards."""
+    rows = [[f'{name}, {_steps(e["steps"])}', f'{e["fd"]:.1f}', f'{e["fd_real"]:.1f}',
+             *(f'{e[m]:.3f}' for m in ('accuracy', 'precision', 'recall', 'precision_real', 'recall_real'))]
+            for name in ('guided', 'unguided') for e in result[name]]
+    return markdown(['teacher', 'FD', 'FD (real)', 'accuracy', 'precision', 'recall', 'precision (real)',
+                     'recall (real)'], rows)
+
+
+def coverage(results: Dict[str, Result]) -> str:
+    """What has run of what is planned."""
+    done = {name: len(r['runs']) for name, r in results.items()}
+    seconds = sum(run['seconds'] for r in results.values() for run in r['runs'])
+    rows = []
+    for group, (title, _) in GROUPS.items():
+        planned = {name: row.seeds for name, row in plan.ROWS.items() if row.group == group}
+        short = [f'`{name}` {done[name]} of {seeds}' for name, seeds in planned.items()
+                 if 0 < done.get(name, 0) < seeds]
+        missing = [f'`{name}`' for name in planned if name not in done]
+        rows.append([title, f'{sum(done.get(name, 0) for name in planned)} of {sum(planned.values())}',
+                     ', '.join(short), 'all' if len(missing) == len(planned) else ', '.join(missing)])
+    wanted = sum(row.seeds for row in plan.ROWS.values())
+    return (f'**{sum(done.values())} of {wanted} runs are done** (a run is a row on one seed), {len(done)} of '
+            f'{len(plan.ROWS)} rows, in {seconds / 60:.0f} minutes of one CPU core.\n\n'
+            + markdown(['table', 'runs', 'on fewer seeds than planned', 'rows not run'], rows))
+
+
+def report(study: Path) -> str:
+    """The whole page."""
+    files = [json.loads(file.read_text()) for file in sorted(study.glob('*.json'))]
+    results = {r['row']: r for r in files if r.get('runs')}
+    results = {name: results[name] for name in plan.ROWS if name in results}
+    teachers = [r for r in files if 'guided' in r]
+    parts = [INTRODUCTION.format(num_samples=f'{files[0]["num_samples"]:,}'), '## What has run\n', coverage(results)]
+    findings = study / 'findings.md'
+    if findings.is_file():
+        parts += ['## What it says\n', findings.read_text(encoding='utf-8')]
+    for result in teachers:
+        parts += ['## Teacher\n', teacher(result)]
+    for group, (title, text) in GROUPS.items():
+        rows = [r for name, r in results.items() if plan.ROWS[name].group == group]
+        if rows:
+            parts += [f'## {title}\n', text + '\n',
+                      'FD to the guided teacher\'s samples at the end:\n', distances(rows, 'fd'),
+                      'FD to held-out real digits at the end:\n', distances(rows, 'fd_real'),
+                      quality(rows), curves(rows)]
+    if any(one in results and other in results for one, other in PAIRS):
+        parts += ['## Differences\n', 'In brackets, on how many seeds the first row has the smaller FD.\n',
+                  differences(results)]
+    return '\n'.join(parts)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--study', type=Path, default=Path('docs/study'))
+    parser.add_argument('--out', type=Path, default=Path('docs/results.md'))
+    args = parser.parse_args(argv)
+    if not any(args.study.glob('*.json')):
+        raise SystemExit(f'{args.study} holds no results: run benchmarks/digits_study.py first')
+    args.out.write_text(report(args.study), encoding='utf-8')
+    print(args.out)
+
+
+if __name__ == '__main__':
+    main()
