@@ -54,7 +54,7 @@ def tiny_clip(folder, seed=0):
 
 def bert_tokenizer(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'is', 'there', 'a', 'fox', 'dog', 'red', '?', 'the', 'yes', 'no']
+    words = '[PAD] [UNK] [CLS] [SEP] [MASK] is there a fox dog red ? the yes no'.split()
     (folder / 'vocab.txt').write_text('\n'.join(words))
     tokenizer = BertTokenizerFast(vocab=str(folder / 'vocab.txt'))
     tokenizer.save_pretrained(folder)

@@ -29,8 +29,8 @@ def literal(clip, images):
         outputs = [model(pixel_values=literal_pixels(image)[None],
                          **tokenizer(prompt, truncation=True, max_length=77, return_tensors='pt'))
                    for image, prompt in zip(images, PROMPTS)]
-    return (torch.cat([output.image_embeds for output in outputs]), torch.cat([output.text_embeds for output in outputs]),
-            torch.cat([output.logits_per_image[0] for output in outputs]))
+    return tuple(torch.cat(parts) for parts in zip(*(
+        (output.image_embeds, output.text_embeds, output.logits_per_image[0]) for output in outputs)))
 
 
 @pytest.mark.parametrize('metric, formula', [

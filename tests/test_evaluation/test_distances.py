@@ -94,7 +94,8 @@ def test_diversity_of_images(clip):
     rows = judge.rows(list(images), ['a', 'a', 'b', 'b'])
     e = embedded(clip, images)
     expected = (float((e[0] - e[1]).norm()) + float((e[2] - e[3]).norm())) / 2
-    assert judge.value(rows, list('aabb'), torch.tensor([0, 0, 1, 1])) == pytest.approx(dict(diversity=expected), rel=1e-3)
+    found = judge.value(rows, list('aabb'), torch.tensor([0, 0, 1, 1]))
+    assert found == pytest.approx(dict(diversity=expected), rel=1e-3)
 
 
 def test_inception_says_how_to_get_its_package_or_weights(reference, tmp_path):
