@@ -17,7 +17,9 @@ from cdm_plugin.draws import Draws
 # Processes are forked from one that has imported everything, which takes seconds, and has done nothing else. CUDA does
 # not survive a fork.
 processes = multiprocessing.get_context('spawn' if torch.cuda.is_available() else 'forkserver')
-processes.set_forkserver_preload(['cdm_plugin', 'cdm_plugin.cli', 'cdm_plugin.export', 'cdm_plugin.inference'])
+processes.set_forkserver_preload(['cdm_plugin', 'cdm_plugin.cli', 'cdm_plugin.export', 'cdm_plugin.inference',
+                                  'cdm_plugin.evaluate', 'torch._inductor.compile_fx',
+                                  'deepspeed.runtime.engine', 'matplotlib.pyplot'])
 
 
 class WorkersFailed(AssertionError):
