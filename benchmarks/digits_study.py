@@ -114,9 +114,10 @@ def recipe_of(row: plan.Row) -> Config:
     return cfg
 
 
-def config_of(row: plan.Row, seed: int, work_dir: Path) -> Config:
+def config_of(row: plan.Row, seed: int, work_dir: Path, compiled: bool = False) -> Config:
     """The config of a run: the demo's recipe with the row's changes, its schedules as long as the run."""
     cfg = recipe_of(row)
+    cfg.model.backbone.compile = compiled
     iterations = student_steps_of(row) * cfg.model.student_every
     cfg.train_cfg.max_iters = iterations
     for schedulers in cfg.param_scheduler.values():
@@ -147,9 +148,9 @@ def student_steps_of(row: plan.Row) -> int:
     return round(other.student_steps * forwards_a_step(other) / forwards_a_step(row))
 
 
-def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int) -> Dict[str, Any]:
+def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bool = False) -> Dict[str, Any]:
     """Trains and judges one row on one seed."""
-    cfg = config_of(row, seed, work_dir)
+    cfg = config_of(row, seed, work_dir, compiled)
     length = student_steps_of(row)
     start = time.perf_counter()
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -164,8 +165,8 @@ def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int) -> Dict[str,
     method = runner.model.eval()
     with student_weights(method, ema=True):
         final = [examiner.examine('student', steps) for steps in STUDENT_STEPS]
-    return dict(seed=seed, train_seconds=round(trained, 1), seconds=round(time.perf_counter() - start, 1),
-                curve=hook.curve, final=final)
+    return dict(seed=seed, compiled=compiled, train_seconds=round(trained, 1),
+                seconds=round(time.perf_counter() - start, 1), curve=hook.curve, final=final)
 
 
 def results_of(name: str, num_samples: int, file: Path) -> Dict[str, Any]:
@@ -227,6 +228,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--budget-minutes', type=float, default=float('inf'), help='default: until all is done')
     parser.add_argument('--only', nargs='+', metavar='ROW', choices=list(plan.ROWS), help='default: all rows')
     parser.add_argument('--max-seeds', type=int, default=plan.SEEDS, help='seeds of a row at most')
+    parser.add_argument('--compile', action='store_true', help='torch.compile of the networks\' blocks: the same maths '
+                        'to rounding, faster after the minutes that the first run compiles for')
     parser.add_argument('--num-samples', type=int, default=NUM_SAMPLES)
     parser.add_argument('--out', type=Path, default=Path('docs/study'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
@@ -243,7 +246,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         if time.monotonic() + expected_seconds(row, result['runs']) > end:
             print(f'the budget ends before {name}, seed {seed}')
             return
-        done = run(row, seed, args.work_dir, args.num_samples)
+        done = run(row, seed, args.work_dir, args.num_samples, args.compile)
         result['runs'].append(done)
         write(file, result)
         at = {entry['steps']: entry['fd'] for entry in done['final']}

@@ -5,10 +5,11 @@ import inspect
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import diffusers
 import torch
+from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -156,53 +157,32 @@ def _errors_only(*loggers: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-class PipelineConditioner(Conditioner):
-    """Base class of the text encoders of a diffusers pipeline, called through the pipeline's own `encode_prompt`.
+class TextConditioner(Conditioner):
+    """Base class of those with text encoders: texts become what the encoders make of them.
 
-    Prompts that are longer than an encoder takes lose their end, as in the pipeline; `truncated` counts them by
+    Prompts that are longer than an encoder takes lose their end, as in the pipelines; `truncated` counts them by
     encoder, and the first one of each is logged.
 
     Args:
-        pretrained (str): Hub id or folder of the pipeline.
+        encoders (Sequence[nn.Module]): The text encoders; frozen here.
         negative_prompt (str): Text of the null condition. Default ''.
-        dtype (str): Weights' dtype, 'float32' or 'bfloat16'. Default 'float32'.
         offload (bool): Whether the encoders wait in the CPU's memory between two batches, and visit the device only
             to encode one. Default False.
-        **load_kwargs: Passed to `from_pretrained` (`revision`, `variant`, ...).
     """
-    # By name: importing a pipeline takes seconds, and models without text encoders skip it.
-    pipeline_name: str
 
-    def __init__(self, pretrained: str, negative_prompt: str = '', dtype: str = 'float32', offload: bool = False,
-                 **load_kwargs: Any) -> None:
+    def __init__(self, encoders: Sequence[nn.Module], negative_prompt: str = '', offload: bool = False) -> None:
         super().__init__()
-        check_load_keys(load_kwargs, 'model.backbone.conditioner', type(self))
-        weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
-        hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
-        components = self.components(pretrained, **hub_kwargs)
-        self.pipeline = self.pipeline_class().from_pretrained(
-            pretrained, dtype=weights_dtype, **components, **load_kwargs)
-        encoders = nn.ModuleList([part for name, part in self.pipeline.components.items()
-                                  if isinstance(part, nn.Module) and name not in components])
-        encoders.requires_grad_(False).eval()
+        modules = nn.ModuleList(encoders)
+        modules.requires_grad_(False).eval()
         self.negative_prompt, self.offload = negative_prompt, offload
         # Offloaded encoders do not follow the model to its device: a tuple hides them from nn.Module.
-        self._encoders = (encoders,) if offload else encoders
+        self._encoders = (modules,) if offload else modules
         self.register_buffer('_here', torch.empty(0), persistent=False)
         self.truncated: Counter = Counter()
-        self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), dtype=dtype,
-                            negative_prompt=negative_prompt, **origin(load_kwargs))
-
-    def pipeline_class(self) -> type:
-        """The pipeline whose encoders these are."""
-        return getattr(diffusers, self.pipeline_name)
-
-    def components(self, pretrained: str, **hub_kwargs: Any) -> Dict[str, Any]:
-        """Parts of the pipeline that are given instead of loaded, mostly None."""
-        return dict(transformer=None, vae=None)
+        self._config: Dict[str, Any] = {}
 
     def encode_texts(self, prompts: List[str]) -> Dict[str, Tensor]:
-        """The fields of the condition of B texts, by the pipeline's `encode_prompt`."""
+        """The fields of the condition of B texts."""
         raise NotImplementedError
 
     def count_tokens(self, prompts: List[str]) -> List[TokenCount]:
@@ -257,9 +237,101 @@ class PipelineConditioner(Conditioner):
                           'model.backbone.conditioner counts them in `truncated`)', 'current', level=logging.WARNING)
 
 
+class PipelineConditioner(TextConditioner):
+    """Base class of the text encoders of a diffusers pipeline, called through the pipeline's own `encode_prompt`.
+
+    Args:
+        pretrained (str): Hub id or folder of the pipeline.
+        negative_prompt (str): Text of the null condition. Default ''.
+        dtype (str): Weights' dtype, 'float32' or 'bfloat16'. Default 'float32'.
+        offload (bool): See `TextConditioner`. Default False.
+        **load_kwargs: Passed to `from_pretrained` (`revision`, `variant`, ...).
+    """
+    # By name: importing a pipeline takes seconds, and models without text encoders skip it.
+    pipeline_name: str
+
+    def __init__(self, pretrained: str, negative_prompt: str = '', dtype: str = 'float32', offload: bool = False,
+                 **load_kwargs: Any) -> None:
+        check_load_keys(load_kwargs, 'model.backbone.conditioner', type(self))
+        weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
+        hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
+        components = self.components(pretrained, **hub_kwargs)
+        pipeline = self.pipeline_class().from_pretrained(pretrained, dtype=weights_dtype, **components, **load_kwargs)
+        super().__init__([part for name, part in pipeline.components.items()
+                          if isinstance(part, nn.Module) and name not in components], negative_prompt, offload)
+        self.pipeline = pipeline
+        self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), dtype=dtype,
+                            negative_prompt=negative_prompt, **origin(load_kwargs))
+
+    def pipeline_class(self) -> type:
+        """The pipeline whose encoders these are."""
+        return getattr(diffusers, self.pipeline_name)
+
+    def components(self, pretrained: str, **hub_kwargs: Any) -> Dict[str, Any]:
+        """Parts of the pipeline that are given instead of loaded, mostly None."""
+        return dict(transformer=None, vae=None)
+
+
+@MODELS.register_module()
+class TextEncoderConditioner(TextConditioner):
+    """One text encoder of transformers, for backbones that are trained here: its last hidden states are the tokens
+    (zero behind a text's end), their mean over the text's own tokens the pooled vector.
+
+    Args:
+        pretrained (str): Hub id or folder of the encoder, with its tokenizer; any that `AutoModelForTextEncoding`
+            opens (BERT, MiniLM, T5's encoder, ...).
+        max_length (int): Tokens of a prompt, special ones included; shorter prompts are padded to it. Default 32.
+        negative_prompt (str): Text of the null condition. Default ''.
+        dtype (str): Weights' dtype, 'float32' or 'bfloat16'. Default 'float32'.
+        offload (bool): See `TextConditioner`. Default False.
+        **load_kwargs: Passed to `from_pretrained` (`revision`, ...).
+
+    Raises:
+        FileNotFoundError: If `pretrained` is neither a folder with an encoder nor a hub id that can be fetched.
+        ValueError: If `max_length` is more than the encoder has positions.
+    """
+
+    def __init__(self, pretrained: str, max_length: int = 32, negative_prompt: str = '', dtype: str = 'float32',
+                 offload: bool = False, **load_kwargs: Any) -> None:
+        check_load_keys(load_kwargs, 'model.backbone.conditioner', type(self))
+        weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
+        hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
+        from transformers import AutoModelForTextEncoding, AutoTokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(pretrained, **hub_kwargs)
+            encoder = AutoModelForTextEncoding.from_pretrained(pretrained, dtype=weights_dtype, **load_kwargs)
+        except OSError as error:
+            raise FileNotFoundError(f'model.backbone.conditioner.pretrained={pretrained!r} is no text encoder of '
+                                    'transformers: neither a folder with its config.json, weights and tokenizer nor a '
+                                    f'hub id that can be fetched ({str(error).strip().splitlines()[0]})') from error
+        positions = getattr(encoder.config, 'max_position_embeddings', None) or max_length
+        if not isinstance(max_length, int) or not 1 <= max_length <= positions:
+            raise ValueError(f'model.backbone.conditioner.max_length must be a whole number in 1..{positions}, the '
+                             f'positions of {pretrained!r}, but is {max_length!r}')
+        super().__init__([encoder], negative_prompt, offload)
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), max_length=max_length,
+                            negative_prompt=negative_prompt, dtype=dtype, **origin(load_kwargs))
+
+    def encode_texts(self, prompts: List[str]) -> Dict[str, Tensor]:
+        inputs = self.tokenizer(prompts, padding='max_length', truncation=True, max_length=self.max_length,
+                                return_tensors='pt').to(self.device)
+        states = self.encoders[0](**inputs).last_hidden_state
+        own = inputs['attention_mask'][..., None].to(states.dtype)
+        states = states * own
+        return dict(encoder_hidden_states=states, pooled_projections=states.sum(1) / own.sum(1))
+
+    def count_tokens(self, prompts: List[str]) -> List[TokenCount]:
+        lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
+        return [TokenCount(type(self.encoders[0]).__name__, self.max_length, lengths)]
+
+
 @MODELS.register_module()
 class EmbeddingConditioner(Conditioner):
-    """For data that carry their text embeddings (`EmbeddingDataset`): holds the null condition, encodes nothing.
+    """Text embeddings computed before, by `cdm cache` or `write_embeddings`: looks prompts up and loads no encoder.
+
+    Data that carry their embeddings (`EmbeddingDataset`) need only its null condition; others (images with captions,
+    validation prompts) have their prompts looked up.
 
     Args:
         folder (str): Folder of the embeddings, with `null.safetensors` in it.
@@ -269,12 +341,30 @@ class EmbeddingConditioner(Conditioner):
         super().__init__()
         from cdm_plugin.data import EmbeddingDataset
         self.folder = folder
-        for name, row in EmbeddingDataset(data_root=folder).null_condition().items():
+        self._dataset = EmbeddingDataset(data_root=folder)
+        for name, row in self._dataset.null_condition().items():
             self.register_buffer(name, row[None], persistent=False)
+        self._rows: Optional[Dict[str, int]] = None  # of the prompts, made when the first one is asked for
 
     def encode(self, prompts: Prompts) -> Condition:
-        raise ValueError('EmbeddingConditioner cannot encode prompts: use an EmbeddingDataset for training and a '
-                         'conditioner with text encoders for sampling (model.backbone.conditioner)')
+        """Looks B prompts up.
+
+        Raises:
+            ValueError: If the folder does not say what prompts it holds, or has no embedding of one of them.
+        """
+        if self._rows is None:
+            infos = (BaseDataset.get_data_info(self._dataset, i) for i in range(len(self._dataset)))
+            self._rows = {info['prompt']: i for i, info in enumerate(infos) if 'prompt' in info}
+        given = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+        missing = [prompt for prompt in given if prompt not in self._rows]
+        if missing:
+            what = (f'has no embedding of {len(missing)} of {len(given)} prompts, such as {str(missing[0])[:80]!r}'
+                    if self._rows else 'does not say what prompts it holds')
+            raise ValueError(f'model.backbone.conditioner.folder={self.folder!r} {what}: run `cdm cache` with these '
+                             'prompts, or set model.backbone.conditioner to the text encoders that made the folder')
+        rows = [self._dataset.get_data_info(self._rows[prompt])['condition'] for prompt in given]
+        device = next(self.buffers()).device
+        return Condition({name: torch.stack([row[name] for row in rows]) for name in rows[0]}).to(device)
 
     def null(self) -> Condition:
         return Condition(dict(self.named_buffers()))

@@ -178,7 +178,9 @@ class Backbone(nn.Module):
 
     @staticmethod
     def _check_folder(path: str, given: str) -> str:
-        looks_local = given.startswith(('/', './', '../', '~', 'asset:')) or Path(path).exists()
+        # A hub id is a name, or an owner and a name.
+        looks_local = (given.startswith(('/', './', '../', '~', 'asset:')) or given.count('/') > 1
+                       or Path(path).exists())
         if looks_local and not Path(path).is_dir():
             raise FileNotFoundError(f'model.backbone.pretrained={given!r} is no folder: give a folder in the layout '
                                     'of a diffusers pipeline, or a hub id')

@@ -21,8 +21,8 @@ class PackInputs:
         prompt (str): Field that holds the prompt, a text or a class label. May be absent from a sample that has a
             `condition`, unless it is named here. Default 'prompt'.
         image (str, optional): Field that holds the image: uint8 pixels, (H, W) or (H, W, C) in RGB order, a PIL image
-            (gray stays one channel, all else becomes RGB), or a finished float tensor (C, H, W) in [-1, 1].
-            Default None: the field `image`, if there is one and it holds any of these.
+            (gray stays one channel, all else becomes RGB), the path of an image file, or a finished float tensor
+            (C, H, W) in [-1, 1]. Default None: the field `image`, if there is one and it holds any of these but a path.
     """
 
     def __init__(self, prompt: str = 'prompt', image: Optional[str] = None) -> None:
@@ -70,13 +70,24 @@ class PackInputs:
     def _image(self, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
             return value
+        if isinstance(value, str):
+            value = self._open(value)
         if isinstance(value, Image.Image):
             value = np.array(value.convert('L' if value.mode in ('1', 'L', 'LA') else 'RGB'))
         if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
             return to_image_tensor(value)
         raise ValueError(f'the field {self.image or "image"!r} of a sample is {_describe(value)}, but an image is a '
-                         'uint8 array (H, W) or (H, W, C), a PIL image, or a float tensor (C, H, W) in [-1, 1]: '
+                         'uint8 array (H, W) or (H, W, C), a PIL image, a path, or a float tensor (C, H, W) in [-1, 1]: '
                          "convert it before PackInputs, or name another field, dict(type='PackInputs', image=...)")
+
+    def _open(self, path: str) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image
+        except OSError as error:  # UnidentifiedImageError and a cut file are among them
+            raise ValueError(f'the field {self.image!r} of a sample names {path!r}, which is no readable image '
+                             f'({error}): check data_root and data_prefix of the dataset, and the file') from error
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(prompt={self.prompt!r}, image={self.image!r})'

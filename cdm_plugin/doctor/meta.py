@@ -2,7 +2,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,7 +16,7 @@ from cdm_plugin.assets import resolve
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.codecs import Codec, VAECodec
 from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import Conditioner, PipelineConditioner, check_dtype
+from cdm_plugin.conditioners import Conditioner, TextConditioner, check_dtype
 from cdm_plugin.doctor.report import Part, Report, _billions, _problems, _size
 from cdm_plugin.methods import DiffusionModel
 
@@ -45,7 +45,7 @@ ENCODERS = dict(
     FluxTextConditioner=(Encoder('text_encoder', 'CLIP-L', 123_060_480), Encoder('text_encoder_2', 'T5-XXL', T5)))
 # Text tokens of a condition: of the first encoders, and the argument that says how many the last one adds.
 TOKENS = dict(SD3TextConditioner=(77, 'max_sequence_length', 256), LongCatImageTextConditioner=(512, None, 0),
-              FluxTextConditioner=(0, 'max_sequence_length', 512))
+              FluxTextConditioner=(0, 'max_sequence_length', 512), TextEncoderConditioner=(0, 'max_length', 32))
 DYNAMIC_SHIFT = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
                      max_image_seq_len=4096)
 SCHEDULERS = dict(SD3Backbone=dict(shift=3.0), LongCatImageBackbone=DYNAMIC_SHIFT, FluxBackbone=DYNAMIC_SHIFT)
@@ -146,7 +146,7 @@ class _OnMeta:
         if name == 'codec' or not cfg:
             return super()._build_part(name, cfg or None)
         with _problems(self.report):  # embeddings that are not there yet are no reason to say nothing else
-            if cls is not None and issubclass(cls, PipelineConditioner):
+            if cls is not None and issubclass(cls, TextConditioner):
                 return _Encoders(cls.__name__, self, **arguments)
             return super()._build_part(name, cfg)
         return _Unknown(self)
@@ -179,6 +179,9 @@ class _Encoders(_Unknown):
         folder = _folder(pretrained, backbone.report, kwargs)
         if folder is None:
             counts = {e.part: (e.name, e.parameters) for e in ENCODERS.get(name, ())}
+        elif name == 'TextEncoderConditioner':
+            counts = dict(text_encoder=_count_text_encoder(folder))
+            _check_weights(folder, backbone.report)
         else:
             index = json.loads((folder / 'model_index.json').read_text())
             counts = {part: (entry[1], _count_transformer(entry[1], folder / part)) for part, entry in index.items()
@@ -224,6 +227,14 @@ def _count_transformer(cls: str, folder: Path) -> int:
         config = config.text_config
     with torch.device('meta'):
         return sum(p.numel() for p in getattr(transformers, cls)(config).parameters())
+
+
+def _count_text_encoder(folder: Path) -> Tuple[str, int]:
+    """Class and parameters of what `TextEncoderConditioner` loads from a folder."""
+    import transformers
+    with torch.device('meta'):
+        encoder = transformers.AutoModelForTextEncoding.from_config(transformers.AutoConfig.from_pretrained(folder))
+    return type(encoder).__name__, sum(p.numel() for p in encoder.parameters())
 
 
 def _folder(pretrained: Optional[str], report: Report, kwargs: Dict[str, Any]) -> Optional[Path]:

@@ -1,0 +1,333 @@
+"""Does CDM beat DMD2 on emoji with real captions? The study's main rows on a harder bench than the digits.
+
+    python benchmarks/emoji/make_data.py ...             # once; see there
+    python benchmarks/emoji/study.py                     # on a GPU
+    python benchmarks/emoji/study.py --small             # the same path with a tiny network, on a CPU
+    python benchmarks/emoji/study.py --small --report    # the table of what has run
+
+It trains the teacher with `FlowMatching` and exports it, trains the judge, then trains every row on every seed through
+MMEngine's runner, and judges the EMA student at 1, 2, 4 and 8 steps on held-out captions and on captions of the
+training set: retrieval of the caption from the picture, and Fréchet distance (FD) to the guided teacher's 50-step
+pictures and to the real ones. What has run is not run again, and a teacher that was cut off goes on from its last
+checkpoint.
+"""
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from judge import Judge, load_pictures, score, train_judge
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import Tensor
+
+from cdm_plugin.config import load_config
+from cdm_plugin.export import export
+from cdm_plugin.images import labelled_grid, save_png
+from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
+from cdm_plugin.methods import DiffusionModel
+
+TEACHER = 'emoji/teacher_flow-matching_sd3-emoji_1xb256_40k.py'
+RECIPE = 'emoji/{}_sd3-emoji_1xb64_4step_4k.py'
+AWARE = {'model.anchor_aware_fake': True}
+UNCAPPED = {'model.losses.ca.sigma': dict(type='UniformSigma')}
+# Recipe and changes of it, by row.
+ROWS = {
+    'dmd2': ('dmd2', {}), 'dmd2-aware': ('dmd2', AWARE), 'decoupled-dmd': ('decoupled-dmd', {}),
+    'decoupled-dmd-aware': ('decoupled-dmd', {**AWARE, **UNCAPPED}), 'cdm': ('cdm', {}),
+    'cdm-consistent': ('cdm-consistent', {})}
+STEPS, TEACHER_STEPS = (1, 2, 4, 8), (1, 2, 4, 8, 50)
+PARTS = ('held_out', 'train')
+TINY = dict(sample_size=16, patch_size=2, in_channels=48, out_channels=48, pos_embed_max_size=16, num_layers=2,
+            num_attention_heads=2, attention_head_dim=32, caption_projection_dim=64, joint_attention_dim=384,
+            pooled_projection_dim=384, qk_norm='rms_norm')
+
+
+@dataclass(frozen=True)
+class Form:
+    """How large the study is.
+
+    Attributes:
+        name (str): 'full' or 'small'.
+        options (dict): Changes of every recipe, dotted key -> value.
+        teacher_iters (int): Iterations of the teacher.
+        iters (int): Iterations of a row; two are a student step.
+        teacher_batch (int): Pictures of an iteration.
+        batch (int): Captions of an iteration.
+        judge_steps (int): Steps of the judge's training.
+        samples (int): Pictures of a judgement at most, in each part of the captions.
+        seeds (int): Runs of a row.
+    """
+    name: str = 'full'
+    options: Dict[str, Any] = field(default_factory=dict)
+    teacher_iters: int = 40000
+    iters: int = 4000
+    teacher_batch: int = 256
+    batch: int = 64
+    judge_steps: int = 3000
+    samples: int = 1304  # four of each held-out caption
+    seeds: int = 5
+
+
+FULL = Form()
+SMALL = Form('small', {'model.backbone.codec.scale': 4, 'train_dataloader.num_workers': 0,
+                       'train_dataloader.persistent_workers': False}, teacher_iters=3000, iters=200, teacher_batch=64,
+             batch=32, judge_steps=300, samples=326, seeds=2)
+
+
+class Bench:
+    """The study on one set of data.
+
+    Args:
+        form (Form): How large.
+        data (Path): Folder that make_data.py made.
+        work_dir (Path): Where trainings leave their files.
+
+    Raises:
+        SystemExit: If there is no data.
+    """
+
+    def __init__(self, form: Form, data: Path, work_dir: Path) -> None:
+        if not (data / 'embeddings/index.json').is_file():
+            raise SystemExit(f'{data} holds no data of the bench: make it with benchmarks/emoji/make_data.py, '
+                             'or name its folder with --data')
+        self.form, self.data, self.work_dir = form, data, work_dir
+        self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.captions = {part: [json.loads(line) for line in (data / f'{part}.jsonl').open(encoding='utf-8')]
+                         for part in PARTS}
+
+    # Configs
+
+    def config(self, recipe: str, options: Dict[str, Any], iterations: int, batch: int, work_dir: Path) -> Config:
+        """A shipped recipe in the form's size."""
+        cfg = load_config(recipe, {**self.form.options, **options})
+        if self.form is not FULL:
+            cfg.model.backbone.config = copy.deepcopy(TINY)
+        cfg.model.backbone.conditioner.folder = str(self.data / 'embeddings')
+        if 'pretrained' in cfg.model.backbone:
+            cfg.model.backbone.pretrained = str(self.work_dir / 'teacher')
+        cfg.train_dataloader.dataset.data_root = str(self.data)
+        cfg.train_dataloader.batch_size = batch
+        warm_up = max(1, iterations // 20)
+        for role, (first, second) in cfg.param_scheduler.items():
+            first.end, second.begin, second.end = warm_up, warm_up, iterations
+            if self.device == 'cpu':  # bfloat16 is no faster there
+                cfg.optim_wrapper[role].type = 'OptimWrapper'
+                cfg.optim_wrapper[role].pop('dtype')
+        cfg.train_cfg.max_iters = iterations
+        cfg.default_hooks.checkpoint.update(interval=max(1, iterations // 4), max_keep_ckpts=1)
+        cfg.custom_hooks[1].interval = max(1, iterations // 4)
+        cfg.work_dir, cfg.log_level = str(work_dir), 'WARNING'
+        cfg.experiment_name = f'emoji-{os.getpid()}-{time.time_ns()}'
+        return cfg
+
+    def teacher_config(self) -> Config:
+        """The teacher's."""
+        return self.config(TEACHER, {}, self.form.teacher_iters, self.form.teacher_batch,
+                           self.work_dir / 'teacher_run')
+
+    def row_config(self, name: str, seed: int) -> Config:
+        """A row's, on one seed."""
+        recipe, options = ROWS[name]
+        cfg = self.config(RECIPE.format(recipe), {**options, 'randomness.seed': seed}, self.form.iters,
+                          self.form.batch, self.work_dir / f'{name}_{seed}')
+        cfg.default_hooks.checkpoint = None  # a run that is cut off is run again
+        return cfg
+
+    # What is trained before the rows
+
+    def teacher(self) -> float:
+        """Trains and exports the teacher if that is not done; seconds of this call's training."""
+        if (self.work_dir / 'teacher').is_dir():
+            return 0.0
+        cfg, start = self.teacher_config(), time.perf_counter()
+        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        export(runner.model.eval(), self.work_dir / 'teacher')
+        return time.perf_counter() - start
+
+    def texts(self, part: str) -> Tuple[List[str], Tensor]:
+        """Captions of a part, and their sentence embeddings."""
+        captions = [entry['caption'] for entry in self.captions[part]]
+        conditioner = MODELS.build(dict(type='EmbeddingConditioner', folder=str(self.data / 'embeddings')))
+        return captions, conditioner.encode(captions).fields['pooled_projections'].float()
+
+    def pictures(self, part: str) -> Tensor:
+        """Real pictures of a part."""
+        return load_pictures([self.data / 'images' / entry['image'] for entry in self.captions[part]])
+
+    def judge(self) -> Judge:
+        """The judge, trained if that is not done."""
+        file, texts = self.work_dir / 'judge.pt', torch.cat([self.texts(part)[1] for part in PARTS])
+        if file.is_file():
+            judge = Judge(texts.shape[1])
+            judge.load_state_dict(torch.load(file, weights_only=True))
+            return judge.to(self.device).eval()
+        pictures = torch.cat([self.pictures(part) for part in PARTS])
+        judge = train_judge(pictures, texts, self.form.judge_steps, self.device)
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        torch.save(judge.state_dict(), file)
+        return judge
+
+    def run(self, name: str, seed: int) -> Tuple[DiffusionModel, float]:
+        """Trains a row; the method and the seconds of its training."""
+        runner = Runner.from_cfg(self.row_config(name, seed))
+        start = time.perf_counter()
+        runner.train()
+        return runner.model.eval(), time.perf_counter() - start
+
+
+class Examiner:
+    """Judges samples of a method, the same captions and noise for all.
+
+    Args:
+        bench (Bench): The bench, its teacher trained.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.judge = bench, bench.judge()
+        self.asked, self.texts, self.prompts, self.references = {}, {}, {}, {}
+        method = MODELS.build(bench.row_config('dmd2', 0).model).to(bench.device).eval()
+        self.guidance = 1 + method.alpha
+        file = bench.work_dir / 'reference.pt'
+        made = torch.load(file, weights_only=True) if file.is_file() else {}
+        for part in PARTS:
+            captions, self.texts[part] = bench.texts(part)
+            count = bench.form.samples if part == 'held_out' else min(bench.form.samples, len(captions))
+            self.asked[part] = [i % len(captions) for i in range(count)]
+            self.prompts[part] = [captions[i] for i in self.asked[part]]
+            real = self.judge.features(bench.pictures(part))
+            if part not in made:  # from other noise than any row's, so that the teacher's own row shows the floor
+                noise = method.noise(1, range(count))
+                made[part] = self.judge.features(self.sample(method, part, 'teacher', 50, noise))
+            self.references[part] = dict(fd=made[part], fd_real=real)
+        torch.save(made, file)
+
+    def sample(self, method: DiffusionModel, part: str, role: str, steps: int, noise: Optional[Tensor] = None,
+               count: Optional[int] = None) -> Tensor:
+        """Pictures of a role; the teacher is guided."""
+        prompts = self.prompts[part][:count]
+        noise = method.noise(0, range(len(prompts))) if noise is None else noise
+        return sample_prompts(method, prompts, noise, sigmas=step_sigmas(steps), role=role,
+                              guidance_scale=self.guidance if role == 'teacher' else 1.0)
+
+    def examine(self, method: DiffusionModel, role: str, steps: int) -> Dict[str, Any]:
+        """All scores of a role at a number of steps, by part."""
+        scores: Dict[str, Any] = dict(steps=steps)
+        for part in PARTS:
+            scores[part] = score(self.judge, self.sample(method, part, role, steps), self.texts[part],
+                                 self.asked[part], self.references[part])
+        return scores
+
+    def real(self) -> Dict[str, Any]:
+        """Retrieval from the real pictures: what is left to gain."""
+        scores = {}
+        for part in PARTS:
+            features = self.references[part]['fd_real']
+            scores[part] = {f'retrieval@{k}': round(self.judge.retrieval(
+                features, self.texts[part], range(len(features)), k), 4) for k in (1, 5)}
+        return scores
+
+
+def study(bench: Bench, out: Path, rows: List[str], seeds: int, pictures: int = 12) -> Dict[str, Any]:
+    """Runs what is missing, and writes the results after every run.
+
+    Args:
+        bench (Bench): The bench.
+        out (Path): JSON file of the results.
+        rows (list[str]): Names of ROWS.
+        seeds (int): Runs of a row.
+        pictures (int): Held-out captions of each row's picture. Default 12.
+    """
+    results: Dict[str, Any] = json.loads(out.read_text()) if out.is_file() else dict(form=bench.form.name, rows={})
+    seconds = bench.teacher()
+    examiner = Examiner(bench)
+    if 'teacher' not in results:
+        method = MODELS.build(bench.row_config('dmd2', 0).model).to(bench.device).eval()
+        results.update(
+            device=torch.cuda.get_device_name() if bench.device == 'cuda' else f'{torch.get_num_threads()} CPU threads',
+            parameters=sum(p.numel() for p in method.teacher.parameters()), teacher_seconds=round(seconds, 1),
+            real=examiner.real(), teacher=[examiner.examine(method, 'teacher', steps) for steps in TEACHER_STEPS])
+        write(out, results)
+    for seed in range(seeds):
+        for name in rows:
+            done = results['rows'].setdefault(name, [])
+            if seed in [run['seed'] for run in done]:
+                continue
+            method, trained = bench.run(name, seed)
+            with student_weights(method, ema=True):
+                final = [examiner.examine(method, 'student', steps) for steps in STEPS]
+                images = {f'{name}, {steps} steps': examiner.sample(method, 'held_out', 'student', steps,
+                                                                    count=pictures) for steps in STEPS}
+            images['teacher, 50 steps'] = examiner.sample(method, 'held_out', 'teacher', 50, count=pictures)
+            save_png(labelled_grid(images), bench.work_dir / f'{name}_{seed}.png')
+            done.append(dict(seed=seed, train_seconds=round(trained, 1), final=final))
+            write(out, results)
+            print(name, seed, [(entry['steps'], entry['held_out']) for entry in final], flush=True)
+    return results
+
+
+def write(file: Path, results: Dict[str, Any]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix('.part')
+    part.write_text(json.dumps(results, separators=(',', ':')) + '\n')
+    os.replace(part, file)
+
+
+def table(results: Dict[str, Any], part: str) -> str:
+    """The results on one part of the captions, in Markdown."""
+    head = ['model', 'seeds', *(f'{name}, {_count(steps)}' for name in ('FD', 'retrieval@1') for steps in STEPS)]
+    real = results['real'][part]
+    lines = [head, ['---'] * len(head), ['real pictures', '', '', '', '', '', f'{real["retrieval@1"]:.3f}', '', '', '']]
+    rows = {'teacher, guided': [dict(final=results['teacher'])], **results['rows']}
+    for name, runs in rows.items():
+        if not runs:
+            continue
+        cells = [name, '' if name == 'teacher, guided' else str(len(runs))]
+        for key, digits in (('fd', 1), ('retrieval@1', 3)):
+            for steps in STEPS:
+                values = [entry[part][key] for run in runs for entry in run['final'] if entry['steps'] == steps]
+                cells.append('diverged' if None in values else f'{statistics.mean(values):.{digits}f}'
+                             + (f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''))
+        lines.append(cells)
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
+def _count(steps: int) -> str:
+    return f'{steps} step' if steps == 1 else f'{steps} steps'
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--small', action='store_true', help='a tiny network and short trainings, for a CPU')
+    parser.add_argument('--report', action='store_true', help='print the table of what has run, and run nothing')
+    parser.add_argument('--rows', nargs='+', metavar='ROW', choices=list(ROWS), default=list(ROWS))
+    parser.add_argument('--seeds', type=int, help='runs of a row; default 5, 2 in the small form')
+    parser.add_argument('--data', type=Path, default=Path('data/emoji'))
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/emoji or work_dirs/emoji_small')
+    parser.add_argument('--out', type=Path, help='default: docs/emoji/full.json or docs/emoji/small.json')
+    args = parser.parse_args(argv)
+    form = SMALL if args.small else FULL
+    out = args.out or Path(f'docs/emoji/{form.name}.json')
+    if args.report:
+        if not out.is_file():
+            raise SystemExit(f'{out} does not exist: nothing has run')
+        results = json.loads(out.read_text())
+    else:
+        work_dir = args.work_dir or Path('work_dirs', 'emoji_small' if args.small else 'emoji')
+        results = study(Bench(form, args.data, work_dir), out, args.rows, args.seeds or form.seeds)
+    for part in PARTS:
+        print(f'\n{part} captions\n\n{table(results, part)}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/emoji_runtime.py', '../_base_/models/sd3_emoji.py', '../_base_/datasets/emoji_captions.py',
+    '../_base_/schedules/emoji_4k.py'
+]
+
+model = dict(type='CDM')
