@@ -19,6 +19,7 @@ CORE = [
 EXTRAS = {
     'scale': ['deepspeed>=0.19', 'xformers>=0.0.33'],
     'quantization': ['bitsandbytes>=0.45'],
+    'bench': ['emoji>=2.14'],  # captions of benchmarks/emoji
     'test': ['pytest>=8', 'pytest-xdist>=3.6', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
 }
 

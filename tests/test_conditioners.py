@@ -3,14 +3,15 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from mmengine.registry import MODELS
+from transformers import AutoTokenizer, BertModel
 
 from cdm_plugin.backbones import SD3Backbone, SD3TextConditioner
-from cdm_plugin.conditioners import ClassConditioner, Conditioner
+from cdm_plugin.conditioners import ClassConditioner, Conditioner, TextEncoderConditioner
 from cdm_plugin.data.embedding_files import write_embeddings
 from cdm_plugin.export import export
 from cdm_plugin.inference import load_method, sample_prompts
 from tests_support import tiny_backbone
-from tiny_pipelines import save_tiny_sd3
+from tiny_pipelines import save_tiny_bert, save_tiny_sd3
 
 PROMPTS = ['a cat', 'dogs and birds']
 
@@ -114,8 +115,76 @@ def test_embedding_conditioner_holds_the_null_condition_of_the_folder(tmp_path):
     assert torch.equal(fields['encoder_hidden_states'], tokens[2:])
     assert torch.equal(fields['pooled_projections'], pooled[2:])
     assert conditioner.state_dict() == {}
-    with pytest.raises(ValueError, match='EmbeddingConditioner cannot encode prompts'):
+    with pytest.raises(ValueError, match='model.backbone.conditioner.folder=.* does not say what prompts it holds'):
         conditioner.encode(['a cat'])
+
+
+def test_embedding_conditioner_looks_prompts_up(tmp_path):
+    """In any order and number, from any shard, and by value: text that is not there is named."""
+    tokens, pooled = torch.randn(4, 4, 8), torch.randn(4, 4)
+    for name, rows, prompts in (('a', slice(0, 2), ['a cat', 'a dog']), ('b', slice(2, 3), ['a bird']),
+                                ('null', slice(3, 4), None)):
+        write_embeddings(str(tmp_path / f'{name}.safetensors'), dict(
+            encoder_hidden_states=tokens[rows], pooled_projections=pooled[rows]), prompts)
+    conditioner = MODELS.build(dict(type='EmbeddingConditioner', folder=str(tmp_path)))
+    fields = conditioner.encode(['a bird', 'a cat', 'a bird']).fields
+    assert torch.equal(fields['encoder_hidden_states'], tokens[[2, 0, 2]])
+    assert torch.equal(fields['pooled_projections'], pooled[[2, 0, 2]])
+    with pytest.raises(ValueError, match="no embedding of 1 of 2 prompts, such as 'a fish': run `cdm cache`"):
+        conditioner.encode(['a cat', 'a fish'])
+    with pytest.raises(ValueError, match='no embedding of 2 of 2 prompts'):
+        conditioner.encode(torch.tensor([0, 1]))
+
+
+# A text encoder of transformers
+
+
+@pytest.fixture(scope='module')
+def text_encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('bert')
+    save_tiny_bert(folder)
+    return str(folder)
+
+
+def test_a_text_encoder_s_states_and_their_mean(text_encoder):
+    """Each text by itself, unpadded: padding changes nothing, and is zero."""
+    conditioner = TextEncoderConditioner(text_encoder, max_length=12)
+    fields = conditioner.encode(PROMPTS).fields
+    assert fields['encoder_hidden_states'].shape == (2, 12, 16) and fields['pooled_projections'].shape == (2, 16)
+    tokenizer, encoder = AutoTokenizer.from_pretrained(text_encoder), BertModel.from_pretrained(text_encoder).eval()
+    lengths = []
+    for i, prompt in enumerate(PROMPTS):
+        with torch.no_grad():
+            states = encoder(**tokenizer(prompt, return_tensors='pt')).last_hidden_state[0]
+        lengths.append(len(states))
+        assert torch.allclose(fields['encoder_hidden_states'][i, :len(states)], states, rtol=0, atol=1e-5)
+        assert (fields['encoder_hidden_states'][i, len(states):] == 0).all()
+        assert torch.allclose(fields['pooled_projections'][i], states.mean(0), rtol=0, atol=1e-5)
+    assert lengths[0] != lengths[1] and max(lengths) < 12
+    assert len(conditioner.null()) == 1 and not any(p.requires_grad for p in conditioner.parameters())
+
+
+def test_a_text_encoder_is_rebuilt_from_its_config_and_cuts_long_prompts(text_encoder):
+    conditioner = TextEncoderConditioner(text_encoder, max_length=4, negative_prompt='dogs')
+    again = MODELS.build(conditioner.to_config())
+    assert again.to_config() == conditioner.to_config()
+    for method in ('null', 'encode'):
+        ours, theirs = (getattr(c, method)(*[['a cat and dogs and birds']] * (method == 'encode')).fields
+                        for c in (conditioner, again))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert conditioner.truncated == {'BertModel': 1}
+
+
+@pytest.mark.parametrize('arguments, error, words', [
+    (dict(pretrained='./no/encoder'), FileNotFoundError, "pretrained='./no/encoder' is no text encoder"),
+    (dict(max_length=65), ValueError, r'max_length must be a whole number in 1\.\.64, .* but is 65'),
+    (dict(max_length=0), ValueError, r'max_length must be a whole number'),
+    (dict(max_lenght=8), ValueError, "did you mean 'max_length'"),
+    (dict(dtype='float16'), ValueError, 'float16 overflows'),
+], ids=str)
+def test_bad_arguments_of_a_text_encoder(arguments, error, words, text_encoder):
+    with pytest.raises(error, match=words):
+        TextEncoderConditioner(**{'pretrained': text_encoder, **arguments})
 
 
 # SD3's text encoders and the whole model, against diffusers

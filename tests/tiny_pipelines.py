@@ -9,9 +9,9 @@ from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipel
                        StableDiffusion3Pipeline)
 from mmengine.registry import MODELS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer,
-                          PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer,
-                          T5Config, T5EncoderModel)
+from transformers import (BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
+                          CLIPTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+                          Qwen2Tokenizer, T5Config, T5EncoderModel)
 
 import cdm_plugin  # noqa: F401  registers everything
 
@@ -77,6 +77,26 @@ def qwen_encoder(tokenizer, width):
                            window_size=112, fullatt_block_indexes=[0]),
         image_token_id=token['<|image_pad|>'], video_token_id=token['<|video_pad|>'],
         vision_start_token_id=token['<|vision_start|>'], vision_end_token_id=token['<|vision_end|>'])).eval()
+
+
+def save_tiny_bert(folder, width=16, words=('a', 'cat', 'and', 'dogs', 'birds')):
+    """Writes a text encoder of known words, for 64 tokens.
+
+    Args:
+        folder (Path): Where to write.
+        width (int): Of its states. Default 16.
+        words (Sequence[str]): What it knows.
+    """
+    torch.manual_seed(0)
+    special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]']
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token='[UNK]'))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]',
+                            sep_token='[SEP]').save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=4 + len(words), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=24, max_position_embeddings=64)).eval().save_pretrained(folder)
 
 
 def tiny_vae(latent_channels=4, blocks=2):

@@ -33,7 +33,7 @@ class Judge(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def embed_pictures(self, pictures: Tensor) -> Tensor:
-        """(B, 3, 64, 64) in [-1, 1] to embeddings (B, 64), of which the direction counts for retrieval and the whole
+        """(B, 3, H, W) in [-1, 1] to embeddings (B, 64), of which the direction counts for retrieval and the whole
         for the Fréchet distance."""
         return self.picture(self.network(pictures).pooler_output.flatten(1))
 
@@ -75,13 +75,13 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load_pictures(files: List[Path]) -> Tensor:
-    """PNG files to (N, 3, 64, 64) in [-1, 1]."""
+    """PNG files to (N, 3, H, W) in [-1, 1]."""
     pixels = np.stack([np.asarray(Image.open(file).convert('RGB')) for file in files])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_judge(pictures: Tensor, texts: Tensor, steps: int, device: str = 'cpu', batch_size: int = 256) -> Judge:
-    """A judge of its own, from N pictures (N, 3, 64, 64) and their captions' sentence embeddings (N, W)."""
+    """A judge of its own, from N pictures (N, 3, H, W) and their captions' sentence embeddings (N, W)."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     judge = Judge(texts.shape[1]).to(device).train()

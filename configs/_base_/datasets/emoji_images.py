@@ -1,6 +1,6 @@
 # Emoji and their names, by benchmarks/emoji/make_data.py.
 train_dataloader = dict(
-    batch_size=256,
+    batch_size=128,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),

@@ -19,5 +19,5 @@ optim_wrapper = dict(
 param_scheduler = dict(
     student=[
         dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=1000),
-        dict(type='CosineAnnealingLR', eta_min=5e-6, by_epoch=False, begin=1000, end=40000)])
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=40000)
+        dict(type='CosineAnnealingLR', eta_min=5e-6, by_epoch=False, begin=1000, end=20000)])
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=20000)
