@@ -1,6 +1,6 @@
 """MMEngine metrics; importing this package registers them."""
 from .aesthetic_score import AestheticScore
-from .base import ImageMetric, Judged, MissingMetric, ScoreMetric, SetMetric, prepare_metrics
+from .base import ImageMetric, Judged, MissingMetric, ScoreMetric, SetMetric
 from .clip_scores import CLIPScore, HPSv2, PickScore
 from .digit_classifier import DigitClassifier, pixels_to_images
 from .digit_metric import DigitMetric, class_accuracy, classifier_features
@@ -15,4 +15,4 @@ from .precision_recall import precision_recall
 __all__ = ['AestheticScore', 'CLIPScore', 'DPGBench', 'DigitClassifier', 'DigitMetric', 'Diversity', 'FID', 'HPSv2',
            'HPSv3', 'ImageMetric', 'ImageReward', 'Judged', 'KID', 'MissingMetric', 'PickScore', 'PrecisionRecall',
            'ScoreMetric', 'SetMetric', 'class_accuracy', 'classifier_features', 'frechet_distance', 'kernel_distance',
-           'mean_distance_within', 'pixels_to_images', 'precision_recall', 'prepare_metrics']
+           'mean_distance_within', 'pixels_to_images', 'precision_recall']

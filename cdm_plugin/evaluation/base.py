@@ -255,25 +255,6 @@ class SetMetric(ImageMetric):
         return self.features(images)
 
 
-def prepare_metrics(metrics: Iterable[ImageMetric]) -> tuple[list[ImageMetric], dict[str, str]]:
-    """Loads the judges that are there, so that one that is missing is known before any image is made.
-
-    Args:
-        metrics (Iterable[ImageMetric]): Metrics.
-
-    Returns:
-        tuple: The metrics that can run, and for each of the others its name and what it lacks, one line.
-    """
-    ready, missing = [], {}
-    for metric in metrics:
-        try:
-            metric.prepare()
-            ready.append(metric)
-        except MissingMetric as error:
-            missing[metric.name] = str(error)
-    return ready, missing
-
-
 def _merged(parts: list[list], size: int, name: str) -> list[tuple]:
     """One list of (index, draw, prompt, row) from a list a rank."""
     without = sum(item[0] is None for part in parts for item in part)

@@ -7,7 +7,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from torch.utils.data import DataLoader
 
-from .base import ImageMetric, prepare_metrics
+from .base import ImageMetric, MissingMetric
 
 
 def prepare_on_all_ranks(metrics: Sequence[BaseMetric]) -> Tuple[List[BaseMetric], Dict[str, str]]:
@@ -24,7 +24,10 @@ def prepare_on_all_ranks(metrics: Sequence[BaseMetric]) -> Tuple[List[BaseMetric
     lacking: Dict[int, str] = {}
     for i, metric in enumerate(metrics):
         if isinstance(metric, ImageMetric):
-            lacking.update({i: text for text in prepare_metrics([metric])[1].values()})
+            try:
+                metric.prepare()
+            except MissingMetric as error:
+                lacking[i] = str(error)
     for theirs in all_gather_object(lacking):
         lacking = {**theirs, **lacking}
     missing = {type(metrics[i]).__name__: text for i, text in sorted(lacking.items())}

@@ -4,7 +4,8 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import METRICS
 from scale_support import init_gloo, launch
 
-from cdm_plugin.evaluation import MissingMetric, ScoreMetric, SetMetric, prepare_metrics
+from cdm_plugin.evaluation import MissingMetric, ScoreMetric, SetMetric
+from cdm_plugin.evaluation.prepare import prepare_on_all_ranks
 
 
 class Brightness(ScoreMetric):
@@ -78,7 +79,7 @@ def test_set_metrics_get_all_features_and_indices():
 
 def test_what_is_missing_is_known_before_and_stops_nothing_else():
     metrics = [Brightness(device='cpu'), Absent(device='cpu'), Unpackaged(device='cpu'), Spread(device='cpu')]
-    ready, missing = prepare_metrics(metrics)
+    ready, missing = prepare_on_all_ranks(metrics)
     assert ready == [metrics[0], metrics[3]]
     assert missing == {
         'Absent': "Absent has no weights at 'nobody/nothing': run `hf download nobody/nothing judge.bin` where "

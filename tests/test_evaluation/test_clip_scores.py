@@ -6,7 +6,8 @@ from tiny_judges import literal_pixels, random_images, tiny_clip
 from torch.nn.functional import cosine_similarity
 from transformers import AutoTokenizer, CLIPModel
 
-from cdm_plugin.evaluation import AestheticScore, CLIPScore, HPSv2, MissingMetric, PickScore, prepare_metrics
+from cdm_plugin.evaluation import AestheticScore, CLIPScore, HPSv2, MissingMetric, PickScore
+from cdm_plugin.evaluation.prepare import prepare_on_all_ranks
 
 PROMPTS = ['a red fox', 'two dogs', 'a bird that sings on a branch', 'x' * 200]
 
@@ -99,7 +100,7 @@ def test_every_metric_says_what_it_lacks_and_the_others_run(clip, tmp_path, monk
     metrics = [METRICS.build({key: places.get(value, value) for key, value in dict(config, device='cpu').items()})
                for config, _ in CASES]
     good = CLIPScore(pretrained=clip, device='cpu')
-    ready, missing = prepare_metrics([*metrics, good])
+    ready, missing = prepare_on_all_ranks([*metrics, good])
     assert ready == [good] and len(missing) == len(CASES)
     for metric, (config, text) in zip(metrics, CASES):
         assert text in missing[config['type']] and '\n' not in missing[config['type']]
