@@ -60,6 +60,7 @@ def _rows() -> Dict[str, Row]:
     rows['fixed-grid-with-cdm'] = Row('CDM', FIXED_GRID, group='grid')
     for name in ('dmd2-aware', 'decoupled-dmd-aware'):
         rows[f'{name}-equal-forwards'] = Row(rows[name].type, group='forwards', forwards_of='cdm-consistent')
+    rows['fixed-grid-with-cdm-equal-forwards'] = Row('CDM', FIXED_GRID, group='forwards', forwards_of='cdm-consistent')
     names = {'uncapped': CAPPED, 'guided': UNGUIDED, 'aware': UNAWARE, 'anchor-points': UNIFORM}
     for a, change in names.items():
         if a != 'aware':

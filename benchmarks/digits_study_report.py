@@ -20,7 +20,8 @@ INTRODUCTION = '''# CDM, DMD2 and DecoupledDMD on the digits
 
 Written by `benchmarks/digits_study_report.py` from the raw results in `docs/study/`; do not edit. `python
 benchmarks/digits_study.py --budget-minutes 60` runs more of the study, from where these results stop, on any machine;
-with `--only ROW ...`, several processes share the rows.
+with `--only ROW ...`, several processes share the rows. `--compile` makes runs about a third shorter: the same maths to
+rounding (the JSON says of each run whether it was compiled).
 
 Every row is the demo's recipe with the changes that `benchmarks/digits_study_plan.py` states (alpha 1, batch 32, two
 fake-score steps a student step for every method, where DMD2's own paper has 5), trained through MMEngine's runner. The
@@ -39,8 +40,8 @@ GROUPS = {
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
-    'forwards': ('Equal forwards', 'The baselines for as many network forwards as `cdm-consistent` has in 200 student '
-                 'steps.'),
+    'forwards': ('Equal forwards', 'The baselines, and CDM on the fixed grid, for as many network forwards as '
+                 '`cdm-consistent` has in 200 student steps.'),
     'grid': ('Time grid and CDM loss, on the consistent recipe', 'Fixed without the loss is `decoupled-dmd-aware`, '
              'dynamic with it `cdm-consistent`.'),
     'ablations': ('Ablations of the consistent recipe', 'One change each to `cdm-consistent`.'),
@@ -54,7 +55,10 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm
          ('cdm-consistent', 'cdm'), ('cdm', 'dmd2'), ('cdm', 'decoupled-dmd'), ('decoupled-dmd-aware', 'dmd2-aware'),
          ('cdm-consistent', 'dmd2-aware'), ('cdm-consistent', 'decoupled-dmd-aware'),
          ('cdm-consistent', 'dmd2-aware-equal-forwards'), ('cdm-consistent', 'decoupled-dmd-aware-equal-forwards'),
-         ('cdm-consistent-400', 'cdm-consistent'))
+         ('cdm-consistent-400', 'cdm-consistent'), ('fixed-grid-with-cdm', 'cdm-consistent'),
+         ('fixed-grid-with-cdm', 'decoupled-dmd-aware'),
+         ('fixed-grid-with-cdm-equal-forwards', 'dmd2-aware-equal-forwards'),
+         ('dynamic-grid-without-cdm', 'cdm-consistent'))
 
 
 def spread(values: Sequence[Optional[float]], digits: int) -> str:

@@ -1,4 +1,7 @@
 import itertools
+import sys
+from importlib.util import find_spec
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from transformers import CLIPModel
 from cdm_plugin.evaluation import FID, KID, Diversity, MissingMetric, PrecisionRecall, frechet_distance, precision_recall
 from cdm_plugin.evaluation.distances import kernel_distance
 from cdm_plugin.evaluation.diversity import mean_distance_within
+from cdm_plugin.evaluation.features import _torch_fidelity
 
 
 def features(count, seed, width=5, shift=0.0):
@@ -101,6 +105,31 @@ def test_diversity_of_images(clip):
 def test_inception_says_how_to_get_its_package_or_weights(reference, tmp_path):
     with pytest.raises(MissingMetric, match='torch.fidelity|pretrained'):
         FID(reference=str(reference[0]), pretrained=str(tmp_path / 'none.pth'), device='cpu').prepare()
+
+
+@pytest.mark.skipif(find_spec('torch_fidelity') is None, reason='pip install --no-deps torch-fidelity')
+def test_inception_features_are_torch_fidelity_s(reference, tmp_path):
+    """The real network with random weights, on 8-bit pixels as it takes them; nothing of the package but that is
+    imported."""
+    extractor = _torch_fidelity('feature_extractor_inceptionv3').FeatureExtractorInceptionV3
+    torch.manual_seed(0)
+    with mock.patch.object(torch.nn.Module, 'load_state_dict'), mock.patch.object(torch, 'load'):
+        network = extractor('inception', ['2048'], feature_extractor_weights_path='none')
+    for parameter in network.parameters():
+        if parameter.ndim == 4:  # torch's own initial weights let images vanish on the way
+            torch.nn.init.kaiming_normal_(parameter)
+    torch.save(network.state_dict(), tmp_path / 'inception.pth')
+    folder, pictures = reference
+    images = random_images(3, seed=6)
+    rows = [network(((torch.stack(list(part)) + 1) * 127.5).round().byte())[0] for part in (images, pictures)]
+    assert rows[0].shape == (3, 2048) and (rows[0][0] - rows[0][1]).abs().max() > 1e-4
+    judge = FID(reference=str(folder), pretrained=str(tmp_path / 'inception.pth'), device='cpu', batch_size=2)
+    judge.prepare()
+    found = judge.rows(list(images), [''] * 3)
+    assert torch.allclose(found, rows[0], rtol=1e-4, atol=1e-5)
+    ((name, value),) = judge.value(found, [''] * 3, torch.arange(3)).items()
+    assert name == 'fid' and value == pytest.approx(frechet_distance(*rows), rel=1e-3)
+    assert 'torch_fidelity' not in sys.modules and 'torchvision' not in sys.modules
 
 
 def test_references_that_are_none(clip, tmp_path):
