@@ -459,7 +459,8 @@ def report_sweep(table: List[Dict[str, Any]]) -> None:
         memory = (f'{row["transient_gb_changed"]:.1f} (default {row["transient_gb_default"]:.1f})'
                   if 'transient_gb_default' in row else '')
         ratio = '{median:.3f} ({low:.3f} to {high:.3f})'.format(**row['ratio'])
-        print(f'{row["setting"]:<51}{row["seconds_changed"]:>11.3f}{row["seconds_default"]:>9.3f}{ratio:>26}{memory:>18}')
+        seconds = f'{row["seconds_changed"]:>11.3f}{row["seconds_default"]:>9.3f}'
+        print(f'{row["setting"]:<51}{seconds}{ratio:>26}{memory:>18}')
         if row['first_cycle_s'] > 3 * row['seconds_changed']:
             print(f'{"":<51}  the first cycle took {row["first_cycle_s"]:.0f} s')
 

@@ -21,7 +21,8 @@ METHODS = {'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD', 'dmd2': 'DMD2', 'teach
 DISTILLATION = [name for name in shipped() if 'teacher' not in name]
 LARGE = [name for name in shipped() if not name.startswith(('digits/', 'emoji/'))]
 # The folder's architecture.
-BACKBONES = dict(digits='SD3Backbone', emoji='SD3Backbone', sd3='SD3Backbone', longcat='LongCatImageBackbone', flux='FluxBackbone')
+BACKBONES = dict(digits='SD3Backbone', emoji='SD3Backbone', sd3='SD3Backbone', longcat='LongCatImageBackbone',
+                 flux='FluxBackbone')
 
 
 def test_every_architecture_has_its_recipes():

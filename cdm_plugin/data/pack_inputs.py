@@ -77,8 +77,9 @@ class PackInputs:
         if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
             return to_image_tensor(value)
         raise ValueError(f'the field {self.image or "image"!r} of a sample is {_describe(value)}, but an image is a '
-                         'uint8 array (H, W) or (H, W, C), a PIL image, a path, or a float tensor (C, H, W) in [-1, 1]: '
-                         "convert it before PackInputs, or name another field, dict(type='PackInputs', image=...)")
+                         'uint8 array (H, W) or (H, W, C), a PIL image, a path, or a float tensor (C, H, W) in '
+                         '[-1, 1]: convert it before PackInputs, or name another field, '
+                         "dict(type='PackInputs', image=...)")
 
     def _open(self, path: str) -> Image.Image:
         try:

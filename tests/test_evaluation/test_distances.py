@@ -10,7 +10,8 @@ from PIL import Image
 from tiny_judges import literal_pixels, random_images, tiny_clip
 from transformers import CLIPModel
 
-from cdm_plugin.evaluation import FID, KID, Diversity, MissingMetric, PrecisionRecall, frechet_distance, precision_recall
+from cdm_plugin.evaluation import (FID, KID, Diversity, MissingMetric, PrecisionRecall, frechet_distance,
+                                   precision_recall)
 from cdm_plugin.evaluation.distances import kernel_distance
 from cdm_plugin.evaluation.diversity import mean_distance_within
 from cdm_plugin.evaluation.features import _torch_fidelity

@@ -29,7 +29,8 @@ def options(root, case):
         return dict(chosen, iters=ITERATIONS, backbone=dict(type='SD3Backbone', pretrained='asset:digits/teacher'),
                     dataset=dict(type='LabelDataset', num_classes=10, length=24))
     backbone, size = dict(sd3=('SD3Backbone', 16), longcat=('LongCatImageBackbone', 64))[pipeline]
-    return dict(chosen, iters=ITERATIONS, image_size=size, backbone=dict(type=backbone, pretrained=f'{root}/{pipeline}'),
+    return dict(chosen, iters=ITERATIONS, image_size=size,
+                backbone=dict(type=backbone, pretrained=f'{root}/{pipeline}'),
                 dataset=dict(type='PromptDataset', ann_file=f'{root}/prompts.txt'))
 
 

@@ -1,5 +1,5 @@
-# The emoji teacher, trained by emoji/teacher_flow-matching_sd3-emoji_1xb128_20k.py and exported (`cdm export`). alpha = 2
-# is the guidance scale of 3; every method has as many fake-score steps a student step.
+# The emoji teacher, trained by emoji/teacher_flow-matching_sd3-emoji_1xb128_20k.py and exported (`cdm export`).
+# alpha = 2 is the guidance scale of 3; every method has as many fake-score steps a student step.
 _base_ = './sd3_emoji_new.py'
 
 model = dict(

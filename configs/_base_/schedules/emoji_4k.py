@@ -1,5 +1,5 @@
-# 4,000 iterations (fake-score steps), 2,000 student steps with student_every=2; beta1 = 0 as on the digits. A longer run
-# needs the `end` of its schedules changed with max_iters.
+# 4,000 iterations (fake-score steps), 2,000 student steps with student_every=2; beta1 = 0 as on the digits. A longer
+# run needs the `end` of its schedules changed with max_iters.
 optim_wrapper = dict(
     constructor='DistillationOptimWrapperConstructor',
     student=dict(
