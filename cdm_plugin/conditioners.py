@@ -28,6 +28,19 @@ def absolute_folder(pretrained: str) -> str:
     return str(Path(pretrained).resolve()) if Path(pretrained).is_dir() else pretrained
 
 
+def check_folder(path: str, given: str, key: str, what: str) -> str:
+    """The path, if it is a folder or may be a hub id: a name, or an owner and a name.
+
+    Raises:
+        FileNotFoundError: If `given` looks like a path and is no folder; names the config's key and what belongs there.
+    """
+    looks_local = (given.startswith(('/', './', '../', '~', 'asset:')) or given.count('/') > 1
+                   or Path(path).exists())
+    if looks_local and not Path(path).is_dir():
+        raise FileNotFoundError(f'{key}={given!r} is no folder: give {what}, or a hub id')
+    return path
+
+
 def origin(load_kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Those of from_pretrained's arguments that say which weights are meant (and are no secret)."""
     return {k: v for k, v in load_kwargs.items() if k in ('revision', 'variant')}
@@ -295,12 +308,13 @@ class TextEncoderConditioner(TextConditioner):
                  offload: bool = False, **load_kwargs: Any) -> None:
         check_load_keys(load_kwargs, 'model.backbone.conditioner', type(self))
         weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
+        self.check_pretrained(pretrained)
         hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
         from transformers import AutoModelForTextEncoding, AutoTokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(pretrained, **hub_kwargs)
             encoder = AutoModelForTextEncoding.from_pretrained(pretrained, dtype=weights_dtype, **load_kwargs)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a folder without a tokenizer, or of another kind of model
             raise FileNotFoundError(f'model.backbone.conditioner.pretrained={pretrained!r} is no text encoder of '
                                     'transformers: neither a folder with its config.json, weights and tokenizer nor a '
                                     f'hub id that can be fetched ({str(error).strip().splitlines()[0]})') from error
@@ -312,6 +326,12 @@ class TextEncoderConditioner(TextConditioner):
         self.tokenizer, self.max_length = tokenizer, max_length
         self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), max_length=max_length,
                             negative_prompt=negative_prompt, dtype=dtype, **origin(load_kwargs))
+
+    @staticmethod
+    def check_pretrained(pretrained: str) -> None:
+        """Raises FileNotFoundError if it looks like a path and is no folder."""
+        check_folder(pretrained, pretrained, 'model.backbone.conditioner.pretrained',
+                     "a folder with a text encoder's config.json, weights and tokenizer")
 
     def encode_texts(self, prompts: List[str]) -> Dict[str, Tensor]:
         inputs = self.tokenizer(prompts, padding='max_length', truncation=True, max_length=self.max_length,

@@ -1,4 +1,6 @@
 """Conditioners, and a whole SD3 model against diffusers' StableDiffusion3Pipeline."""
+import os
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -176,7 +178,8 @@ def test_a_text_encoder_is_rebuilt_from_its_config_and_cuts_long_prompts(text_en
 
 
 @pytest.mark.parametrize('arguments, error, words', [
-    (dict(pretrained='./no/encoder'), FileNotFoundError, "pretrained='./no/encoder' is no text encoder"),
+    (dict(pretrained='./no/encoder'), FileNotFoundError, "conditioner.pretrained='./no/encoder' is no folder"),
+    (dict(pretrained=os.path.dirname(__file__)), FileNotFoundError, 'is no text encoder of transformers'),
     (dict(max_length=65), ValueError, r'max_length must be a whole number in 1\.\.64, .* but is 65'),
     (dict(max_length=0), ValueError, r'max_length must be a whole number'),
     (dict(max_lenght=8), ValueError, "did you mean 'max_length'"),

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from recipes import CDM, FLUX_LORA, LONGCAT, LONGCAT_LORA, SD3, SD3_LORA, nothing_loads, report_of, shipped
 from tests_support import TINY_SD3, recording_optimizers, tiny_backbone, tiny_method
-from tiny_pipelines import save_tiny_flux, save_tiny_longcat, save_tiny_sd3
+from tiny_pipelines import save_tiny_bert, save_tiny_flux, save_tiny_longcat, save_tiny_sd3
 from torch import nn
 
 from cdm_plugin import doctor
@@ -83,6 +83,19 @@ def test_recipes_of_the_emoji_bench_say_what_is_to_be_made_first(monkeypatch, tm
                for problem in student.problems)
     for report in (teacher, student):
         assert any("ann_file='train.jsonl' does not exist" in problem for problem in report.problems)
+
+
+def test_a_text_encoder_of_transformers_is_counted(tmp_path):
+    save_tiny_bert(tmp_path)
+    cfg = config()
+    cfg.model.backbone.conditioner = dict(type='TextEncoderConditioner', pretrained=str(tmp_path), max_length=9)
+    report = diagnose(cfg)
+    (encoders,) = [part for part in report.parts if part.name == 'text encoders']
+    assert encoders.parameters == sum(
+        p.numel() for p in transformers.BertModel.from_pretrained(tmp_path).parameters())
+    assert report.recipe['image'].endswith('9 of text')
+    cfg.model.backbone.conditioner.pretrained = './no/encoder'
+    assert any('./no/encoder' in problem for problem in diagnose(cfg).problems)
 
 
 @pytest.mark.parametrize('recipe', [SD3, SD3_LORA])

@@ -53,7 +53,10 @@ def read_pictures(file: Path) -> Iterator[Tuple[str, Image.Image]]:
 
 def draw_pictures(font_file: Path) -> Iterator[Tuple[str, Image.Image]]:
     """Captions and pictures of the fully qualified emoji that the font has, by caption."""
-    from emoji import EMOJI_DATA, STATUS
+    try:
+        from emoji import EMOJI_DATA, STATUS
+    except ImportError:
+        raise SystemExit("the captions come from PyPI's emoji: pip install -e '.[bench]'") from None
     if not features.check('raqm'):
         raise SystemExit('Pillow was built without raqm, which joins the parts of an emoji: install a wheel of Pillow')
     font = ImageFont.truetype(str(font_file), GLYPH, layout_engine=ImageFont.Layout.RAQM)

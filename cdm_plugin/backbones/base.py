@@ -16,7 +16,7 @@ from cdm_plugin import attention as kernels
 from cdm_plugin.assets import resolve
 from cdm_plugin.codecs import Codec
 from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import HUB_KEYS, Conditioner, check_dtype, check_load_keys
+from cdm_plugin.conditioners import HUB_KEYS, Conditioner, check_dtype, check_folder, check_load_keys
 from cdm_plugin.flow import full_precision, shift_sigmas
 from cdm_plugin.networks import dtype_of
 
@@ -81,7 +81,9 @@ class Backbone(nn.Module):
             raise ValueError('model.backbone needs pretrained (hub id or folder) or config (dimensions of a new '
                              'network), but has neither')
         check_load_keys(load_kwargs, 'model.backbone', type(self))
-        self.pretrained = None if pretrained is None else self._check_folder(resolve(pretrained), pretrained)
+        self.pretrained = None if pretrained is None else check_folder(
+            resolve(pretrained), pretrained, 'model.backbone.pretrained',
+            'a folder in the layout of a diffusers pipeline')
         self.subfolder, self.load_kwargs = subfolder, load_kwargs
         self.dtype = check_dtype(dtype, 'model.backbone.dtype')
         self.attention, self.compile, self.quantization = kernels.check_name(attention), compile, quantization
@@ -175,16 +177,6 @@ class Backbone(nn.Module):
         parts = {'backbone': type(self).__name__, 'conditioner': self.conditioner.to_config(),
                  'codec': self.codec.to_config(), **recipe}
         (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + '\n')
-
-    @staticmethod
-    def _check_folder(path: str, given: str) -> str:
-        # A hub id is a name, or an owner and a name.
-        looks_local = (given.startswith(('/', './', '../', '~', 'asset:')) or given.count('/') > 1
-                       or Path(path).exists())
-        if looks_local and not Path(path).is_dir():
-            raise FileNotFoundError(f'model.backbone.pretrained={given!r} is no folder: give a folder in the layout '
-                                    'of a diffusers pipeline, or a hub id')
-        return path
 
     def _load_config(self, config: Union[None, str, Dict[str, Any]]) -> Dict[str, Any]:
         if isinstance(config, str):

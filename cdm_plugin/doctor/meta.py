@@ -16,7 +16,7 @@ from cdm_plugin.assets import resolve
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.codecs import Codec, VAECodec
 from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import Conditioner, TextConditioner, check_dtype
+from cdm_plugin.conditioners import Conditioner, TextConditioner, TextEncoderConditioner, check_dtype
 from cdm_plugin.doctor.report import Part, Report, _billions, _problems, _size
 from cdm_plugin.methods import DiffusionModel
 
@@ -176,6 +176,8 @@ class _Encoders(_Unknown):
                  offload: bool = False, t5: bool = True, **kwargs: Any) -> None:
         super().__init__(backbone)
         weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
+        if name == 'TextEncoderConditioner':
+            TextEncoderConditioner.check_pretrained(pretrained)
         folder = _folder(pretrained, backbone.report, kwargs)
         if folder is None:
             counts = {e.part: (e.name, e.parameters) for e in ENCODERS.get(name, ())}
