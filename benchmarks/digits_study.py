@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cdm_plugin import assets
 from cdm_plugin.config import check_config, load_config
-from cdm_plugin.demo import NUM_SAMPLES, RECIPE, Judge
+from cdm_plugin.demo import NUM_SAMPLES, Judge
 from cdm_plugin.doctor.calls import expected_calls
 from cdm_plugin.evaluation import (DigitClassifier, class_accuracy, classifier_features, frechet_distance,
                                    pixels_to_images, precision_recall)
@@ -102,8 +102,8 @@ class ExaminerHook(Hook):
 
 
 def recipe_of(row: plan.Row) -> Config:
-    """The demo's recipe with the row's changes."""
-    cfg = load_config(RECIPE, {'model.type': row.type})
+    """The consistent recipe with the row's changes."""
+    cfg = load_config(plan.RECIPE, {'model.type': row.type})
     for key, value in row.options.items():
         *path, last = key.split('.')
         node = cfg._cfg_dict
@@ -114,10 +114,11 @@ def recipe_of(row: plan.Row) -> Config:
     return cfg
 
 
-def config_of(row: plan.Row, seed: int, work_dir: Path, compiled: bool = False) -> Config:
-    """The config of a run: the demo's recipe with the row's changes, its schedules as long as the run."""
+def config_of(row: plan.Row, seed: int, work_dir: Path) -> Config:
+    """The config of a run: the consistent recipe with the row's changes, its schedules as long as the run."""
     cfg = recipe_of(row)
-    cfg.model.backbone.compile = compiled
+    for role in ('student', 'fake'):
+        cfg.optim_wrapper[role].optimizer.fused = True  # the same maths in fewer calls
     iterations = student_steps_of(row) * cfg.model.student_every
     cfg.train_cfg.max_iters = iterations
     for schedulers in cfg.param_scheduler.values():
@@ -148,14 +149,25 @@ def student_steps_of(row: plan.Row) -> int:
     return round(other.student_steps * forwards_a_step(other) / forwards_a_step(row))
 
 
+def compile_networks(method: Distillation, **kwargs: Any) -> None:
+    """Compiles whole networks, so small that what lies between their blocks takes as long as the blocks."""
+    torch._dynamo.config.recompile_limit = 64  # batches of the rollout, with gradient and without
+    # The three share their compiled code, and the anchor's hook alone tells the fake score from the others.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    for role in ('student', 'fake', 'teacher'):
+        getattr(method, role).compile(**kwargs)
+
+
 def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bool = False) -> Dict[str, Any]:
     """Trains and judges one row on one seed."""
-    cfg = config_of(row, seed, work_dir, compiled)
+    cfg = config_of(row, seed, work_dir)
     length = student_steps_of(row)
     start = time.perf_counter()
     work_dir.mkdir(parents=True, exist_ok=True)
     with open(work_dir / 'log.txt', 'a') as log, contextlib.redirect_stdout(log):
         runner = Runner.from_cfg(cfg)
+        if compiled:
+            compile_networks(runner.model)
         examiner = Examiner(runner.model, num_samples, work_dir)
         hook = ExaminerHook(examiner, [round(length * share / 4) for share in (1, 2, 3)])
         runner.register_hook(hook)
@@ -202,7 +214,7 @@ def teacher_rows(out: Path, work_dir: Path, num_samples: int) -> None:
     file = out / 'teacher.json'
     if file.is_file():
         return
-    examiner = Examiner(MODELS.build(load_config(RECIPE).model).eval(), num_samples, work_dir)
+    examiner = Examiner(MODELS.build(load_config(plan.RECIPE).model).eval(), num_samples, work_dir)
     write(file, dict(num_samples=num_samples, **{
         name: [examiner.examine('teacher', steps, guided) for steps in plan.TEACHER_STEPS]
         for name, guided in (('guided', True), ('unguided', False))}))
@@ -228,7 +240,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--budget-minutes', type=float, default=float('inf'), help='default: until all is done')
     parser.add_argument('--only', nargs='+', metavar='ROW', choices=list(plan.ROWS), help='default: all rows')
     parser.add_argument('--max-seeds', type=int, default=plan.SEEDS, help='seeds of a row at most')
-    parser.add_argument('--compile', action='store_true', help='torch.compile of the networks\' blocks: the same maths '
+    parser.add_argument('--compile', action='store_true', help='torch.compile of the networks: the same maths '
                         'to rounding, faster after the minutes that the first run compiles for')
     parser.add_argument('--num-samples', type=int, default=NUM_SAMPLES)
     parser.add_argument('--out', type=Path, default=Path('docs/study'))

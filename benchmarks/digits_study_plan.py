@@ -1,12 +1,13 @@
-"""Rows of the study on the digits: what each changes of the demo's recipe, how long it trains, on how many seeds."""
+"""Rows of the study on the digits: what each changes of the consistent recipe, how long it trains, on how many seeds."""
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
 
-STEPS = 200  # student steps of a row, half of the demo's
+RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'  # the consistent recipe
+STEPS = 200  # student steps of a row, half of the recipe's
 SEEDS = 5
 TEACHER_STEPS = (1, 2, 3, 4, 6, 8, 50)
 
-# The demo's recipe is the consistent one; these four settings make it the published one.
+# These four settings make the consistent recipe the published one.
 UNAWARE = {'model.anchor_aware_fake': False}
 CAPPED = {'model.losses.ca.sigma': dict(type='CappedUniformSigma')}
 UNGUIDED = {'model.losses.cdm.guided': False}
@@ -22,7 +23,7 @@ class Row:
 
     Attributes:
         type (str): `model.type`.
-        options (dict): Dotted config key -> value, over the demo's recipe.
+        options (dict): Dotted config key -> value, over the consistent recipe.
         student_steps (int): Length.
         seeds (int): Runs wanted.
         group (str): Table of the report.
@@ -53,6 +54,7 @@ def _rows() -> Dict[str, Row]:
         'cdm-aware': Row('CDM', _without(UNAWARE)),
         'cdm-consistent': Row('CDM'),
         'cdm-consistent-400': Row('CDM', student_steps=400),
+        'fixed-grid-with-cdm-400': Row('CDM', FIXED_GRID, student_steps=400),  # the demo's recipe and length
     }
     # The published grid and loss, each with and without the other, on the consistent recipe. Fixed without the loss is
     # decoupled-dmd-aware.

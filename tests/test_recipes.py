@@ -39,7 +39,7 @@ def test_a_recipe_is_what_its_name_says(recipe):
     method, gpus, batch, zero, offload, steps, iterations = re.fullmatch(
         r'([a-z0-9-]+)_(?:[a-z-]+_)?[a-z0-9-]+_(\d+)xb(\d+)(?:_zero(\d)(-offload)?)?(?:_(\d+)step)?(?:_(\d+k?))?',
         file).groups()
-    assert cfg.model.type == next(type for name, type in METHODS.items() if method.split('-consistent')[0] == name)
+    assert cfg.model.type == METHODS[re.sub('-(consistent|fixed-grid)$', '', method)]
     assert cfg.model.backbone.type == BACKBONES[folder]
     assert cfg.train_dataloader.batch_size == int(batch)
     assert (iterations is None) == (zero is not None)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
+from cdm_plugin.config import load_config
+from cdm_plugin.demo import RECIPE as DEMO
+
 STEPS = [1, 2, 3, 4, 6, 8]
 
 
@@ -39,8 +42,18 @@ def test_schedules_are_as_long_as_the_run_and_never_rise(plan, study, tmp_path):
     assert study.config_of(plan.ROWS['cdm-consistent-1600'], 0, tmp_path).train_cfg.max_iters == 2 * 1600
 
 
+def test_the_demo_is_one_of_the_rows(plan, study, tmp_path):
+    cfg, demo = study.config_of(plan.ROWS['fixed-grid-with-cdm-400'], 0, tmp_path), load_config(DEMO)
+    assert cfg.train_cfg.max_iters == demo.train_cfg.max_iters
+    for key in ('model', 'train_dataloader', 'param_scheduler', 'randomness'):
+        assert cfg[key].to_dict() == demo[key].to_dict(), key
+    for role, wrapper in demo.optim_wrapper.items():
+        if role != 'constructor':
+            assert cfg.optim_wrapper[role].optimizer.to_dict() == dict(wrapper.optimizer, fused=True)
+
+
 def test_the_published_row_has_the_defaults_of_the_method(plan, study):
-    """But for what the demo's recipe sets for every method: alpha, the update ratio and the data."""
+    """But for what the recipe sets for every method: alpha, the update ratio and the data."""
     model = study.recipe_of(plan.ROWS['cdm']).model
     published = MODELS.build(model)
     default = MODELS.build(dict(type='CDM', alpha=1.0, backbone=model.backbone))
@@ -80,7 +93,27 @@ def test_main_rows_come_first_and_the_long_ones_last(plan, study):
     groups = [plan.ROWS[name].group for name, _ in order]
     place = dict(main=0, changes=1, forwards=1, grid=1, length=3)
     assert groups == sorted(groups, key=lambda group: place.get(group, 2))
-    assert [seed for _, seed in order[:16]] == [0] * 8 + [1] * 8 and len(set(order)) == len(order)
+    assert [seed for _, seed in order[:18]] == [0] * 9 + [1] * 9 and len(set(order)) == len(order)
+
+
+def test_compiled_networks_compute_the_same(plan, study):
+    """The fake score's class and shapes are the student's: it must not get the student's compiled code."""
+    method = MODELS.build(study.recipe_of(plan.ROWS['cdm-consistent']).model).eval()
+    torch.nn.init.normal_(method.fake.anchor_embedding.embedding.linear_2.weight)
+    condition = method.backbone.condition(dict(prompt=[3, 7]))
+    x, sigma, anchor = torch.randn(method.latent_shape(2)), torch.tensor([0.3, 0.8]), torch.tensor([1.0, 0.5])
+
+    def answers():
+        return [method.velocity(role, x, sigma, condition, anchor) for role in ('student', 'teacher', 'fake')]
+
+    names = ('recompile_limit', 'skip_nnmodule_hook_guards')  # put back after
+    with torch.no_grad(), torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+        expected = answers()
+        study.compile_networks(method, backend='eager')
+        found = answers()
+    for one, other in zip(expected, found):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(found[0], found[2], atol=0.1)
 
 
 # The command
