@@ -24,7 +24,7 @@ with `--only ROW ...`, several processes share the rows. `--compile` makes runs 
 `cdm-consistent` took 0.22 s with it and 0.33 without, one after the other on one core): the same maths to rounding, and
 the JSON says of each run whether it was compiled.
 
-Every row is the demo's recipe with the changes that `benchmarks/digits_study_plan.py` states (alpha 1, batch 32, two
+Every row is the consistent recipe with the changes that `benchmarks/digits_study_plan.py` states (alpha 1, batch 32, two
 fake-score steps a student step for every method, where DMD2's own paper has 5), trained through MMEngine's runner. The
 EMA student is judged on {num_samples} samples from the same noise and labels: Fréchet distance (FD) to as many samples
 of the guided teacher at 50 steps, in the features of the digits' classifier; FD to 1,000 held-out real digits; the
@@ -37,7 +37,8 @@ than the reference, is the floor.
 
 GROUPS = {
     'main': ('Methods', 'The published recipes; `-aware` with the anchor-aware fake score, and `decoupled-dmd-aware` '
-             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), at the demo\'s length too.'),
+             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), at the demo\'s length too, and '
+             'there on the fixed grid, which is the demo\'s recipe.'),
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
@@ -60,7 +61,11 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm
          ('cdm-consistent-400', 'cdm-consistent'), ('fixed-grid-with-cdm', 'cdm-consistent'),
          ('fixed-grid-with-cdm', 'decoupled-dmd-aware'),
          ('fixed-grid-with-cdm-equal-forwards', 'dmd2-aware-equal-forwards'),
-         ('dynamic-grid-without-cdm', 'cdm-consistent'))
+         ('dynamic-grid-without-cdm', 'cdm-consistent'), ('fixed-grid-with-cdm-400', 'cdm-consistent-400'),
+         ('points-on-trajectory', 'cdm-consistent'), ('points-noised', 'cdm-consistent'),
+         ('cdm-only', 'cdm-consistent'), ('without-fake-merge', 'cdm-consistent'),
+         ('cdm-consistent-1600', 'dmd2-aware-1600'), ('cdm-consistent-800', 'dmd2-aware-1600'),
+         ('cdm-consistent-800', 'decoupled-dmd-aware-1600'), ('cdm-consistent-1600', 'decoupled-dmd-aware-1600'))
 
 
 def spread(values: Sequence[Optional[float]], digits: int) -> str:
