@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional
 RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'  # the consistent recipe
 STEPS = 200  # student steps of a row, half of the recipe's
 SEEDS = 5
+TEACHERS = {'guided': (1.0, True), 'unguided': (1.0, False), 'guided, alpha 7': (7.0, True)}  # alpha, guided
 TEACHER_STEPS = (1, 2, 3, 4, 6, 8, 50)
 
 # These four settings make the consistent recipe the published one.
@@ -101,6 +102,7 @@ def _rows() -> Dict[str, Row]:
     rows['published-alpha-7'] = Row('CDM', {**PUBLISHED, 'model.alpha': 7.0}, group='drift')
     rows['consistent-alpha-7'] = Row('CDM', {'model.alpha': 7.0}, group='drift')
     rows['published-small-rates'] = Row('CDM', {**PUBLISHED, **small}, group='drift')
+    rows['published-small-rates-1600'] = Row('CDM', {**PUBLISHED, **small}, 1600, seeds=2, group='drift')
     rows['published-batch-128'] = Row('CDM', {**PUBLISHED, 'train_dataloader.batch_size': 128}, group='drift')
     # Four times the demo's length, with what lies between over time; at half of that, CDM has DMD2's forwards.
     for name in ('cdm-consistent', 'dmd2-aware', 'decoupled-dmd-aware', 'dmd2', 'decoupled-dmd'):

@@ -140,7 +140,7 @@ def teacher(result: Result) -> str:
     """The teacher's own rows; a guided step is two forwards."""
     rows = [[f'{name}, {_steps(e["steps"])}', f'{e["fd"]:.1f}', f'{e["fd_real"]:.1f}',
              *(f'{e[m]:.3f}' for m in ('accuracy', 'precision', 'recall', 'precision_real', 'recall_real'))]
-            for name in ('guided', 'unguided') for e in result[name]]
+            for name in plan.TEACHERS for e in result.get(name, ())]
     return markdown(['teacher', 'FD', 'FD (real)', 'accuracy', 'precision', 'recall', 'precision (real)',
                      'recall (real)'], rows)
 

@@ -163,7 +163,7 @@ def test_every_row_is_judged(short):
 
 def test_the_teacher_is_judged_with_and_without_guidance(short):
     teacher = read(short[1], 'teacher')
-    for name in ('guided', 'unguided'):
+    for name in ('guided', 'unguided', 'guided, alpha 7'):
         assert [entry['steps'] for entry in teacher[name]] == [1, 2, 3, 4, 6, 8, 50]
     guided, unguided = (teacher[name][-1]['fd'] for name in ('guided', 'unguided'))
     assert guided < unguided  # the reference is guided
