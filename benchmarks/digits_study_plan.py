@@ -1,4 +1,4 @@
-"""Rows of the study on the digits: what each changes of the consistent recipe, how long it trains, on how many seeds."""
+"""Rows of the study on the digits: what each changes of the consistent recipe, its length, its seeds."""
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
 

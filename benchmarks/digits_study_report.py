@@ -20,25 +20,24 @@ INTRODUCTION = '''# CDM, DMD2 and DecoupledDMD on the digits
 
 Written by `benchmarks/digits_study_report.py` from the raw results in `docs/study/`; do not edit. `python
 benchmarks/digits_study.py --budget-minutes 60` runs more of the study, from where these results stop, on any machine;
-with `--only ROW ...`, several processes share the rows. `--compile` makes runs shorter (an iteration of
-`cdm-consistent` took 0.22 s with it and 0.33 without, one after the other on one core): the same maths to rounding, and
-the JSON says of each run whether it was compiled.
+with `--only ROW ...`, several processes share the rows. `--compile` makes runs shorter: the same maths to rounding,
+and the JSON says of each run whether it was compiled.
 
-Every row is the consistent recipe with the changes that `benchmarks/digits_study_plan.py` states (alpha 1, batch 32, two
-fake-score steps a student step for every method, where DMD2's own paper has 5), trained through MMEngine's runner. The
-EMA student is judged on {num_samples} samples from the same noise and labels: Fréchet distance (FD) to as many samples
-of the guided teacher at 50 steps, in the features of the digits' classifier; FD to 1,000 held-out real digits; the
-share of samples that the classifier sees as what was asked for; improved precision and recall against both sets (3
-nearest neighbours). Figures are means over seeds, with the standard deviation between seeds where there are two or
-more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout included; one
-with a backward counts as 3. An FD is biased by the number of samples: the guided teacher at 50 steps, on other noise
-than the reference, is the floor.
+Every row is the consistent recipe with the changes that `benchmarks/digits_study_plan.py` states (alpha 1, batch 32,
+two fake-score steps a student step for every method, where DMD2's own paper has 5), trained through MMEngine's
+runner. The EMA student is judged on {num_samples} samples from the same noise and labels: Fréchet distance (FD) to as
+many samples of the guided teacher at 50 steps, in the features of the digits' classifier; FD to 1,000 held-out real
+digits; the share of samples that the classifier sees as what was asked for; improved precision and recall against
+both sets (3 nearest neighbours). Figures are means over seeds, with the standard deviation between seeds where there
+are two or more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout
+included; one with a backward counts as 3. An FD is biased by the number of samples: the guided teacher at 50 steps,
+on other noise than the reference, is the floor.
 '''
 
 GROUPS = {
     'main': ('Methods', 'The published recipes; `-aware` with the anchor-aware fake score, and `decoupled-dmd-aware` '
-             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), at the demo\'s length too, and '
-             'there on the fixed grid, which is the demo\'s recipe.'),
+             'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), at the demo\'s length too, '
+             'and there on the fixed grid, which is the demo\'s recipe.'),
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),

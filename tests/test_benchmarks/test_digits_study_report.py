@@ -1,5 +1,6 @@
 """The report of the study on the digits, from known numbers."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_the_report_has_means_spreads_and_differences_by_seed(plan, report, tmp_
     assert '| cdm - dmd2 | 2 | diverged (1/2) |' in text
     assert f'**7 of {sum(row.seeds for row in plan.ROWS.values())} runs are done**' in text
     assert f'3 of {len(plan.ROWS)} rows, in 7 minutes' in text
-    assert '| Methods | 7 of 40 | `dmd2` 2 of 5, `dmd2-aware` 3 of 5, `cdm` 2 of 5 | `decoupled-dmd`, ' in text
+    assert '| Methods | 7 of 45 | `dmd2` 2 of 5, `dmd2-aware` 3 of 5, `cdm` 2 of 5 | `decoupled-dmd`, ' in text
     assert '| Equal forwards | 0 of 15 |  | all |' in text
     assert '\nBy hand.\n' in text and '| 3,200 |' in text
 
@@ -52,6 +53,18 @@ def test_the_report_has_means_spreads_and_differences_by_seed(plan, report, tmp_
 def test_the_report_in_the_repository_is_of_the_results_in_it(report):
     page = (DOCS / 'results.md').read_text(encoding='utf-8')
     assert page == report.report(DOCS / 'study'), 'run benchmarks/digits_study_report.py'
+
+
+def test_the_readme_s_table_is_of_the_results(report):
+    readme = (DOCS.parent / 'README.md').read_text(encoding='utf-8')
+    table = re.findall(r'^\|.*\(`([\w-]+)`.*?\) \| (.*) \|$', readme, re.MULTILINE)
+    assert len(table) >= 7 and table[0][0] == 'fixed-grid-with-cdm-400'
+    for name, cells in table:
+        result = json.loads((DOCS / f'study/{name}.json').read_text())
+        expected = [str(result['student_steps']), str(len(result['runs']))]
+        expected += [report.spread(report.final(result, steps, 'fd'), 1) for steps in (1, 2, 4, 8)]
+        expected += [report.spread(report.final(result, 4, 'accuracy'), 3).split()[0]]
+        assert cells.split(' | ') == expected, name
 
 
 def test_without_results_there_is_no_report(report, tmp_path):
