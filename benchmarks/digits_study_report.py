@@ -62,7 +62,9 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm
          ('fixed-grid-with-cdm-equal-forwards', 'dmd2-aware-equal-forwards'),
          ('dynamic-grid-without-cdm', 'cdm-consistent'), ('fixed-grid-with-cdm-400', 'cdm-consistent-400'),
          ('points-on-trajectory', 'cdm-consistent'), ('points-noised', 'cdm-consistent'),
-         ('cdm-only', 'cdm-consistent'), ('without-fake-merge', 'cdm-consistent'),
+         ('cdm-only', 'cdm-consistent'), ('without-fake-merge', 'cdm-consistent'), ('ca-capped', 'cdm-consistent'),
+         ('grid-sigma-low', 'cdm-consistent'), ('fixed-grid-with-cdm', 'dmd2-aware'),
+         ('fixed-grid-with-cdm-400', 'dmd2-aware-equal-forwards'),
          ('cdm-consistent-1600', 'dmd2-aware-1600'), ('cdm-consistent-800', 'dmd2-aware-1600'),
          ('cdm-consistent-800', 'decoupled-dmd-aware-1600'), ('cdm-consistent-1600', 'decoupled-dmd-aware-1600'))
 
