@@ -1,6 +1,6 @@
 """Rows of the study on the digits: what each changes of the consistent recipe, its length, its seeds."""
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'  # the consistent recipe
 STEPS = 200  # student steps of a row, half of the recipe's
@@ -42,6 +42,12 @@ def _without(*changes: Dict[str, Any]) -> Dict[str, Any]:
     """The published recipe with those of the four settings that `changes` name as in the consistent one."""
     kept = {key for change in changes for key in change}
     return {key: value for key, value in PUBLISHED.items() if key not in kept}
+
+
+def _schedule(lowest: float, warm_up: int = 20) -> List[Dict[str, Any]]:
+    """The recipe's learning-rate schedule with another last rate, or a warm-up of another length in iterations."""
+    return [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
+            dict(type='CosineAnnealingLR', eta_min=lowest, by_epoch=False, begin=warm_up, end=2 * STEPS)]
 
 
 def _rows() -> Dict[str, Row]:
@@ -90,15 +96,18 @@ def _rows() -> Dict[str, Row]:
         'student-every-1': Row('CDM', {'model.student_every': 1}, group='ablations'),
         'student-every-5': Row('CDM', {'model.student_every': 5}, group='ablations'),
     })
+    # Two fake-score steps a student step as everywhere, on one rollout; the warm-up as long in student steps.
+    one_rollout = {'model.fake_steps': 2, 'model.student_every': 1, 'param_scheduler.student': _schedule(1e-6, 10),
+                   'param_scheduler.fake': _schedule(4e-5, 10)}
+    rows['one-rollout'] = Row('CDM', one_rollout, group='ablations')
+    for name, type in (('one-rollout', 'CDM'), ('dmd2-aware-one-rollout', 'DMD2')):
+        rows[f'{name}-equal-forwards'] = Row(type, one_rollout, group='forwards', forwards_of='cdm-consistent')
     for name, change in (('fixed-grid', FIXED_GRID), ('without-cdm', NO_CDM)):
         rows[f'published-{name}'] = Row('CDM', {**PUBLISHED, **change}, group='published')
     # The rates of the published recipe, at the ends of the schedules too.
-    small = {}
-    for role, rate, lowest in (('student', 1e-5, 5e-8), ('fake', 5e-6, 5e-7)):
+    small = {f'param_scheduler.{role}': _schedule(lowest) for role, lowest in (('student', 5e-8), ('fake', 5e-7))}
+    for role, rate in (('student', 1e-5), ('fake', 5e-6)):
         small[f'optim_wrapper.{role}.optimizer.lr'] = rate
-        small[f'param_scheduler.{role}'] = [
-            dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
-            dict(type='CosineAnnealingLR', eta_min=lowest, by_epoch=False, begin=20, end=2 * STEPS)]
     rows['published-alpha-7'] = Row('CDM', {**PUBLISHED, 'model.alpha': 7.0}, group='drift')
     rows['consistent-alpha-7'] = Row('CDM', {'model.alpha': 7.0}, group='drift')
     rows['published-small-rates'] = Row('CDM', {**PUBLISHED, **small}, group='drift')

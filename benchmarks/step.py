@@ -205,9 +205,10 @@ class LiteralLoop:
         draws = self.method.sample_draws(len(next(iter(self.fields.values()))))
         x_n, v_n, sigma_n = self.rollout(draws)
         x0 = x_n - sigma_n[:, None, None, None] * v_n
-        z = self.literal.noised(x0, draws.fake_noise, draws.fake_sigma)
-        velocity = self.velocity('fake', z, draws.fake_sigma)
-        self.step('fake', ((velocity - (draws.fake_noise - x0)) ** 2).mean())
+        (fake_sigma,), (fake_noise,) = draws.fake_sigma, draws.fake_noise
+        z = self.literal.noised(x0, fake_noise, fake_sigma)
+        velocity = self.velocity('fake', z, fake_sigma)
+        self.step('fake', ((velocity - (fake_noise - x0)) ** 2).mean())
         self.literal.merge(self.networks['fake'], self.networks['student'], self.method.fake_merge)
         if draws.losses:
             point_sigma = draws.losses['cdm']['point_sigma']

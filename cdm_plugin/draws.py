@@ -72,8 +72,8 @@ class Draws(_Movable):
         anchor (Tensor): Each sample's anchor index in 0..N-1, (B,) int64.
         rollout_steps (int): Largest anchor index over all ranks: network calls of the rollout, equal on every rank.
         noise (Tensor): Where the rollout starts, (B, ...).
-        fake_sigma (Tensor): Noise levels of the fake-score step, (B,).
-        fake_noise (Tensor): Noise of the fake-score step, (B, ...).
+        fake_sigma (Tensor): Noise levels of the fake-score steps, (fake_steps, B).
+        fake_noise (Tensor): Noise of the fake-score steps, (fake_steps, B, ...).
         losses (dict): For each loss by name, the tensors that its `draw` returned. Empty without a student step.
         order (Tensor, optional): The samples from the highest anchor to the lowest, (B,) int64. Default: of `anchor`.
         moving (tuple, optional): For each call of the rollout, how many samples have not arrived, the first ones of
@@ -103,7 +103,8 @@ class Draws(_Movable):
 
     @classmethod
     def sample(cls, *, seed: int, rank: int, iteration: int, shape: Tuple[int, ...], time_grid, fake_sigma: Callable,
-               losses: Mapping[str, Any], shift: Callable[[Tensor], Tensor], world_size: int = 1) -> 'Draws':
+               losses: Mapping[str, Any], shift: Callable[[Tensor], Tensor], world_size: int = 1,
+               fake_steps: int = 1) -> 'Draws':
         """Draws one iteration.
 
         Args:
@@ -112,10 +113,11 @@ class Draws(_Movable):
             iteration (int): The runner's iteration, from 0.
             shape (tuple): Shape of the latents, (B, ...); B is equal on every rank.
             time_grid: Has `sample(generator) -> (N,)`, levels before the scheduler's shift.
-            fake_sigma (Callable): Sigma sampler of the fake-score step.
+            fake_sigma (Callable): Sigma sampler of the fake-score steps.
             losses (Mapping): The losses to draw for, by name; each has `draw(DrawContext) -> dict`.
             shift (Callable): The scheduler's shift, (N,) -> (N,).
             world_size (int): Number of ranks. Default 1.
+            fake_steps (int): Fake-score steps of the iteration. Default 1.
 
         Returns:
             Draws: On the CPU; sigmas in float64, noise in float32.
@@ -134,10 +136,11 @@ class Draws(_Movable):
         sigmas = draw_grid(stream(seed, iteration, 'time_grid'))
         anchor = anchors_of(rank)
         rollout_steps = max(int(anchors_of(r).max()) for r in range(world_size))
-        fake = context('fake')
+        fakes = [context('fake' if step == 0 else f'fake:{step}') for step in range(fake_steps)]
         return cls(
             sigmas=sigmas, anchor=anchor, rollout_steps=rollout_steps, noise=context('noise').noise(),
-            fake_sigma=fake.sigma(fake_sigma), fake_noise=fake.noise(),
+            fake_sigma=torch.stack([fake.sigma(fake_sigma) for fake in fakes]),
+            fake_noise=torch.stack([fake.noise() for fake in fakes]),
             losses={name: loss.draw(context(f'loss:{name}')) for name, loss in losses.items()})
 
 

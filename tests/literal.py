@@ -47,13 +47,14 @@ def anchors_by_full_rollout(student, draws, fields):
     return x_n, sigma_n
 
 
-def fake_loss(networks, draws, fields):
+def fake_loss(networks, draws, fields, step=0):
     x_n, sigma_n = anchors_by_full_rollout(networks['student'], draws, fields)
     with torch.no_grad():
         x0 = denoise(networks['student'], x_n, sigma_n, fields)
-    z = noised(x0, draws.fake_noise, draws.fake_sigma)
-    velocity = network_velocity(networks['fake'], z, draws.fake_sigma, fields, sigma_n)
-    return ((velocity - (draws.fake_noise - x0)) ** 2).mean()
+    sigma, noise = draws.fake_sigma[step], draws.fake_noise[step]
+    z = noised(x0, noise, sigma)
+    velocity = network_velocity(networks['fake'], z, sigma, fields, sigma_n)
+    return ((velocity - (noise - x0)) ** 2).mean()
 
 
 def student_losses(networks, draws, fields, null_fields, alpha, guided):

@@ -161,8 +161,8 @@ def split_draws(draws, rank, world_size, interleaved=False):
 
     losses = {name: {key: part(value) for key, value in drawn.items()} for name, drawn in draws.losses.items()}
     return dataclasses.replace(
-        draws, anchor=part(draws.anchor), noise=part(draws.noise), fake_sigma=part(draws.fake_sigma),
-        fake_noise=part(draws.fake_noise), losses=losses, moving=None)
+        draws, anchor=part(draws.anchor), noise=part(draws.noise), losses=losses, moving=None,
+        fake_sigma=torch.stack([*map(part, draws.fake_sigma)]), fake_noise=torch.stack([*map(part, draws.fake_noise)]))
 
 
 def share_draws(method, rank, world_size, interleaved=False):
@@ -172,7 +172,8 @@ def share_draws(method, rank, world_size, interleaved=False):
         draws = Draws.sample(
             seed=method.seed, rank=0, iteration=method.iteration, shape=method.latent_shape(batch * world_size),
             time_grid=method.time_grid, fake_sigma=method.fake_sigma,
-            losses=method.losses if method.is_student_turn() else {}, shift=method.shift)
+            losses=method.losses if method.is_student_turn() else {}, shift=method.shift,
+            fake_steps=method.fake_steps)
         return split_draws(draws, rank, world_size, interleaved).to(method.device, method.math_dtype)
 
     method.sample_draws = sample_draws

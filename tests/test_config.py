@@ -55,6 +55,7 @@ MISTAKES = [
     ('model.sample_sigmas', [0.9, 0.5], ['model.sample_sigmas', 'start at 1.0']),
     ('model.time_grid.max_steps', 0, ['model.time_grid', 'max_steps=0']),
     ('model.student_every', 0, ['model.student_every', '0']),
+    ('model.fake_steps', 1.5, ['model.fake_steps', '1.5']),
     ('model.fake_merge', 1.5, ['model.fake_merge', '1.5']),
     ('model.image_size', 17, ['model.image_size', 'divisible by 2']),
     ('optim_wrapper.fakes', {'optimizer': {'type': 'SGD', 'lr': 0.1}}, ['optim_wrapper.fakes', 'student']),

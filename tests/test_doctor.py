@@ -320,7 +320,8 @@ def test_activations_are_those_that_autograd_keeps_in_a_real_call():
 
 @pytest.mark.parametrize('model', [
     dict(), dict(activation_checkpointing=True), dict(type='DMD2', student_every=2),
-    dict(losses=dict(cdm=dict(guided=True)), max_batch_per_call=5)], ids=['plain', 'recomputed', 'DMD2', 'limited'])
+    dict(losses=dict(cdm=dict(guided=True)), max_batch_per_call=5), dict(fake_steps=2, student_every=1)],
+    ids=['plain', 'recomputed', 'DMD2', 'limited', 'one rollout'])
 def test_the_phases_are_those_of_a_real_iteration(model):
     """The largest of the phases against all tensors that are alive at one time in a student step on the CPU."""
     cfg = config(batch=8, hooks=[{'type': 'CDMHook'}])
@@ -416,8 +417,9 @@ def test_expected_calls_are_the_mean_of_many_draws(ranks, monkeypatch):
 
 @pytest.mark.parametrize('model', [
     dict(type='CDM'), dict(type='DecoupledDMD'), dict(type='DMD2'), dict(type='CDM', max_batch_per_call=4),
-    dict(type='CDM', losses=dict(cdm=dict(guided=True)), student_every=3)],
-    ids=['CDM', 'DecoupledDMD', 'DMD2', 'limited', 'guided'])
+    dict(type='CDM', losses=dict(cdm=dict(guided=True)), student_every=3),
+    dict(type='CDM', fake_steps=3, student_every=2)],
+    ids=['CDM', 'DecoupledDMD', 'DMD2', 'limited', 'guided', 'fake steps'])
 def test_expected_calls_are_those_of_real_iterations(model, labels):
     """Over a whole cycle, where the anchors alone are left to chance: a grid of one level has none."""
     method = tiny_method(time_grid=dict(type='FixedTimeGrid', sigmas=[1.0]), **model)

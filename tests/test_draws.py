@@ -51,8 +51,9 @@ NAMES = {'sigmas', 'anchor', 'noise', 'fake_sigma', 'fake_noise', 'ca.sigma', 'c
 def test_what_is_drawn():
     draws = sample()
     assert flat(draws).keys() == NAMES
-    assert draws.noise.shape == draws.fake_noise.shape == draws.losses['ca']['noise'].shape == (16, 2, 2, 2)
-    assert draws.anchor.shape == draws.fake_sigma.shape == draws.losses['cdm']['point_sigma'].shape == (16,)
+    assert draws.noise.shape == draws.losses['ca']['noise'].shape == (16, 2, 2, 2)
+    assert draws.anchor.shape == draws.losses['cdm']['point_sigma'].shape == (16,)
+    assert draws.fake_noise.shape == (1, 16, 2, 2, 2) and draws.fake_sigma.shape == (1, 16)
     assert draws.sigmas[0] == 1 and (draws.sigmas.diff() < 0).all()
     assert 0 <= draws.anchor.min() and draws.anchor.max() < len(draws.sigmas)
     assert torch.equal(draws.anchor_sigma, torch.stack([draws.sigmas[n] for n in draws.anchor]))
@@ -62,11 +63,17 @@ def test_what_is_drawn():
 
 def test_no_two_tensors_share_a_stream():
     """Equal noise in two places would correlate terms that the method wants independent."""
-    draws = flat(sample())
-    noises = [draws[name] for name in NAMES if name.endswith('noise')]
-    sigmas = [draws[name] for name in ('fake_sigma', 'dm.sigma', 'cdm.sigma', 'cdm.point_sigma')]
+    draws = flat(sample(fake_steps=3))
+    noises = [*draws['fake_noise'], *(draws[name] for name in NAMES - {'fake_noise'} if name.endswith('noise'))]
+    sigmas = [*draws['fake_sigma'], *(draws[name] for name in ('dm.sigma', 'cdm.sigma', 'cdm.point_sigma'))]
     for group in (noises, sigmas):
         assert all(not torch.equal(a, b) for i, a in enumerate(group) for b in group[:i])
+
+
+def test_more_fake_steps_change_no_other_draw():
+    one, three = sample(), sample(fake_steps=3)
+    assert equal_names(one, three) == NAMES - {'fake_sigma', 'fake_noise'}
+    assert torch.equal(three.fake_sigma[:1], one.fake_sigma) and torch.equal(three.fake_noise[:1], one.fake_noise)
 
 
 # A pure function of (seed, rank, iteration)
@@ -248,7 +255,7 @@ def test_laws_of_noise_and_of_the_fake_steps_level():
     point_sigma = draws.losses['cdm']['point_sigma']
     assert ks_distance(point_sigma, lambda s: s) < ks_limit(20000)
     assert point_sigma.min() < 0.01 and point_sigma.max() > 0.99
-    for sigma in (draws.fake_sigma, draws.losses['dm']['sigma'], draws.losses['cdm']['sigma']):
+    for sigma in (draws.fake_sigma[0], draws.losses['dm']['sigma'], draws.losses['cdm']['sigma']):
         assert ks_distance(sigma, lambda s: s) < ks_limit(20000) + 0.02  # 2 % of the mass moves to each clamp
         assert sigma.min() == 0.02 and sigma.max() == 0.98
         assert_share((sigma == 0.02).sum().item(), 20000, 0.02)

@@ -115,7 +115,8 @@ def _recipe(cfg: Config, method: DiffusionModel, wrappers: Dict[str, Any], batch
         rows['fake score'] = (f'{_describe(method.fake_loss)}, sigma {_describe(method.fake_sigma)}, '
                               f'{"knows" if hasattr(method.fake, "anchor_embedding") else "does not know"} the anchor')
         rows['time grid'] = _describe(method.time_grid)
-        rows['student_every'], rows['fake_merge'] = str(every), f'{method.fake_merge:g}'
+        rows['fake_steps'], rows['student_every'] = str(method.fake_steps), str(every)
+        rows['fake_merge'] = f'{method.fake_merge:g}'
     else:
         rows['sigma'], rows['drop_rate'] = _describe(method.sigma), f'{method.drop_rate:g}'
     rows['LoRA'] = 'off' if method.lora is None else (

@@ -65,9 +65,10 @@ def expected_calls(method: DiffusionModel, batch: int, ranks: int) -> Calls:
         anchor += probability * (n - 1) / 2
     turn = 1 / method.student_every
     questions, points = ask(method)
-    calls = {('student', False): rollout + 1 - turn, ('student', True): turn * (1 + (points > 0)), ('fake', True): 1.0}
+    calls = {('student', False): rollout + 1 - turn, ('student', True): turn * (1 + (points > 0)),
+             ('fake', True): float(method.fake_steps)}
     samples = {('student', False): batch * (anchor + 1 - turn) + idle, ('student', True): turn * batch * (1 + points),
-               ('fake', True): float(batch)}
+               ('fake', True): float(method.fake_steps * batch)}
     for role, count in questions.items():
         size = method.max_batch_per_call or count * batch
         calls[role, False] = turn * -(-count * batch // size)

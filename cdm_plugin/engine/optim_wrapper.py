@@ -96,14 +96,15 @@ class EngineOptimWrapper(OptimWrapper):
 
 
 class RoleOptimWrapperDict(OptimWrapperDict):
-    """OptimWrapperDict whose accumulation counters survive a resume: the student's counts its own steps only."""
+    """OptimWrapperDict whose accumulation counters survive a resume: each role's counts its own steps only."""
 
     def initialize_count_status(self, model: nn.Module, cur_iter: int, max_iters: int) -> None:
         """Starts every role's counter at the number of steps that it has made by `cur_iter`."""
         model = model.module if is_model_wrapper(model) else model
         for role, wrapper in self.items():
             every = getattr(model, 'student_every', 1) if role == 'student' else 1
-            wrapper.initialize_count_status(getattr(model, role), cur_iter // every, max_iters // every)
+            steps = getattr(model, 'fake_steps', 1) if role == 'fake' else 1
+            wrapper.initialize_count_status(getattr(model, role), cur_iter // every * steps, max_iters // every * steps)
 
 
 # MMEngine's wrappers, and ours in their place.
@@ -141,7 +142,8 @@ class DistillationOptimWrapperConstructor:
             model (nn.Module): A method, or a data-parallel wrapper of one.
 
         Raises:
-            ValueError: If a trained role has no config, or a config has no role.
+            ValueError: If a trained role has no config, a config has no role, or the fake score accumulates the
+                steps of one rollout.
         """
         model = model.module if is_model_wrapper(model) else model
         roles = model.trained_roles
@@ -154,7 +156,12 @@ class DistillationOptimWrapperConstructor:
         if missing:
             raise ValueError(f'optim_wrapper.{missing[0]} is missing: {type(model).__name__} trains {list(roles)}, '
                              f'but optim_wrapper has {list(self.configs)}')
-        return RoleOptimWrapperDict(**{role: self._build(role, getattr(model, role)) for role in roles})
+        wrappers = {role: self._build(role, getattr(model, role)) for role in roles}
+        counts = wrappers['fake']._accumulative_counts if 'fake' in wrappers else 1
+        if counts > 1 and getattr(model, 'fake_steps', 1) > 1:
+            raise ValueError(f'model.fake_steps={model.fake_steps} does not go with optim_wrapper.fake.'
+                             f'accumulative_counts={counts}, which would join the steps of one rollout: set one to 1')
+        return RoleOptimWrapperDict(**wrappers)
 
     def _build(self, role: str, network: nn.Module) -> OptimWrapper:
         cfg = dict(self.configs[role])

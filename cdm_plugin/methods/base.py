@@ -22,7 +22,7 @@ from cdm_plugin.time_grids import check_sigmas
 
 ROLES = ('student', 'fake', 'teacher')
 # Settings of `model` that say how its weights were trained: they go with a checkpoint.
-TRAINED_KEYS = ('type', 'alpha', 'losses', 'time_grid', 'sample_sigmas', 'student_every', 'fake_merge',
+TRAINED_KEYS = ('type', 'alpha', 'losses', 'time_grid', 'sample_sigmas', 'fake_steps', 'student_every', 'fake_merge',
                 'anchor_aware_fake', 'lora')
 
 

@@ -37,9 +37,10 @@ class Distillation(DiffusionModel):
         losses (dict, optional): Overrides of the method's losses by name: a dict without `type` changes single
             arguments, one with `type` replaces or adds a loss, None removes it.
         time_grid (dict, optional): Override of the method's time grid, likewise.
-        fake_sigma (dict): Sigma sampler of the fake-score step. Default UniformSigma.
-        fake_loss (dict): Loss of the fake-score step. Default FlowMatchingLoss.
-        student_every (int, optional): Iterations (fake-score steps) a student step. Default: the method's.
+        fake_sigma (dict): Sigma sampler of the fake-score steps. Default UniformSigma.
+        fake_loss (dict): Loss of the fake-score steps. Default FlowMatchingLoss.
+        fake_steps (int): Fake-score steps an iteration, all on its one rollout, with noise of their own. Default 1.
+        student_every (int, optional): Iterations a student step. Default: the method's.
         fake_merge (float, optional): Share of the student merged into the fake score after each of its steps, in
             [0, 1]. Default: the method's.
         anchor_aware_fake (bool): Whether the fake score receives the anchor's noise level. Default False.
@@ -57,13 +58,14 @@ class Distillation(DiffusionModel):
                  alpha: float = 7.0, losses: Optional[Dict[str, Any]] = None,
                  time_grid: Optional[Dict[str, Any]] = None, fake_sigma: Any = dict(type='UniformSigma'),
                  fake_loss: Dict[str, Any] = dict(type='FlowMatchingLoss'),
-                 student_every: Optional[int] = None, fake_merge: Optional[float] = None,
+                 fake_steps: int = 1, student_every: Optional[int] = None, fake_merge: Optional[float] = None,
                  anchor_aware_fake: bool = False, max_batch_per_call: Optional[int] = None,
                  teacher_dtype: Optional[str] = None, image_size: Union[None, int, Sequence[int]] = None,
                  activation_checkpointing: bool = False, lora: Optional[Dict[str, Any]] = None,
                  data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
         super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor)
         self.alpha = alpha
+        self.fake_steps = fake_steps
         self.student_every = self.default_student_every if student_every is None else student_every
         self.fake_merge = self.default_fake_merge if fake_merge is None else fake_merge
         self.max_batch_per_call = max_batch_per_call
@@ -113,8 +115,10 @@ class Distillation(DiffusionModel):
         return cfg
 
     def _check_numbers(self) -> None:
-        if not isinstance(self.student_every, int) or self.student_every < 1:
-            raise ValueError(f'model.student_every must be a whole number of 1 or more, but is {self.student_every!r}')
+        for key in ('fake_steps', 'student_every'):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'model.{key} must be a whole number of 1 or more, but is {value!r}')
         if not 0 <= self.fake_merge <= 1:
             raise ValueError(f'model.fake_merge must lie in [0, 1], but is {self.fake_merge}')
         if self.max_batch_per_call is not None and not (
@@ -163,11 +167,12 @@ class Distillation(DiffusionModel):
         """The random numbers of this iteration, on the networks' device."""
         draws = Draws.sample(
             **self.draw_key(), world_size=self.world_size, shape=self.latent_shape(batch), time_grid=self.time_grid,
-            fake_sigma=self.fake_sigma, losses=self.losses if self.is_student_turn() else {}, shift=self.shift)
+            fake_sigma=self.fake_sigma, losses=self.losses if self.is_student_turn() else {}, shift=self.shift,
+            fake_steps=self.fake_steps)
         return draws.to(self.device, self.math_dtype)
 
     def train_step(self, data: Any, optim_wrapper: Any) -> Dict[str, Tensor]:
-        """One iteration: rollout, fake-score step and, on its turn, student step.
+        """One iteration: rollout, fake-score steps and, on its turn, student step.
 
         Args:
             data (dict or list): A batch from the dataloader.
@@ -181,10 +186,13 @@ class Distillation(DiffusionModel):
             draws = self.sample_draws(len(condition))
             x, sigma = rollout(lambda x, s, i: self.velocity('student', x, s, condition[i]), draws)
             student_turn = self.is_student_turn()
-            # The student's prediction at the anchor serves the fake-score step and every on-trajectory loss.
+            # The student's prediction at the anchor serves the fake-score steps and every on-trajectory loss.
             with torch.set_grad_enabled(student_turn):
                 anchor = self.predict(x, sigma, condition)
-            logs = self.fake_step(anchor.detach(), condition, draws)
+            x0, losses = anchor.detach(), []
+            for fake_sigma, fake_noise in zip(draws.fake_sigma, draws.fake_noise):
+                losses.append(self.fake_step(x0, condition, fake_sigma, fake_noise))
+            logs = dict(loss_fake=torch.stack(losses).mean())
             if student_turn:
                 logs.update(self.student_step(anchor, condition, draws))
             self.anchor_sigma = sigma
@@ -196,16 +204,26 @@ class Distillation(DiffusionModel):
         velocity = self.velocity('student', x, sigma, condition)
         return Prediction(x, sigma, velocity, to_x0(x, velocity, sigma))
 
-    def fake_step(self, anchor: Prediction, condition: Condition, draws: Draws) -> Dict[str, Tensor]:
-        """Trains the fake score on the student's x0 at the anchors, then merges the student into it."""
-        z = add_noise(anchor.x0, draws.fake_noise, draws.fake_sigma)
-        velocity = self.velocity('fake', z, draws.fake_sigma, condition, anchor.sigma)
-        loss = self.fake_loss(velocity, anchor.x0, draws.fake_noise).mean()
+    def fake_step(self, anchor: Prediction, condition: Condition, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Trains the fake score on the student's x0 at the anchors, then merges the student into it.
+
+        Args:
+            anchor (Prediction): The student at the anchors, without graph.
+            condition (Condition): B rows.
+            sigma (Tensor): Noise levels of this step, (B,).
+            noise (Tensor): Standard normal, (B, ...).
+
+        Returns:
+            Tensor: The loss, a scalar without graph.
+        """
+        z = add_noise(anchor.x0, noise, sigma)
+        velocity = self.velocity('fake', z, sigma, condition, anchor.sigma)
+        loss = self.fake_loss(velocity, anchor.x0, noise).mean()
         wrapper = self._optim_wrapper['fake']
         wrapper.update_params(loss)
         if self.fake_merge and wrapper.should_update():
             merge_weights(self.fake, self.student, self.fake_merge)
-        return dict(loss_fake=loss.detach())
+        return loss.detach()
 
     def student_step(self, anchor: Prediction, condition: Condition, draws: Draws) -> Dict[str, Tensor]:
         """Trains the student on the weighted sum of the losses."""

@@ -79,7 +79,8 @@ def test_the_published_row_has_the_defaults_of_the_method(plan, study):
     # questions.
     ('cdm', 2 * 6.75 + 1 + 2 * 3 + 3 + 3 + 4 + 2), ('cdm-consistent', 2 * 6.75 + 1 + 2 * 3 + 3 + 3 + 5 + 2),
     ('dmd2', 2 * 1.5 + 1 + 2 * 3 + 3 + 2 + 1), ('decoupled-dmd', 2 * 1.5 + 1 + 2 * 3 + 3 + 3 + 1),
-    ('max-steps-4', 2 * 0.75 + 1 + 2 * 3 + 3 + 3 + 5 + 2), ('points-on-trajectory', 2 * 6.75 + 1 + 2 * 3 + 3 + 5 + 2)])
+    ('max-steps-4', 2 * 0.75 + 1 + 2 * 3 + 3 + 3 + 5 + 2), ('points-on-trajectory', 2 * 6.75 + 1 + 2 * 3 + 3 + 5 + 2),
+    ('one-rollout', 6.75 + 2 * 3 + 3 + 3 + 5 + 2)])
 def test_forwards_of_a_student_step(name, forwards, plan, study):
     assert study.forwards_a_step(plan.ROWS[name]) == pytest.approx(forwards, abs=1e-9)
 

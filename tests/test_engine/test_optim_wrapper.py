@@ -207,8 +207,8 @@ def concatenate(a: Draws, b: Draws) -> Draws:
     """The draws of two batches on the same grid as those of one."""
     assert torch.equal(a.sigmas, b.sigmas)
     return Draws(a.sigmas, torch.cat([a.anchor, b.anchor]), max(a.rollout_steps, b.rollout_steps),
-                 torch.cat([a.noise, b.noise]), torch.cat([a.fake_sigma, b.fake_sigma]),
-                 torch.cat([a.fake_noise, b.fake_noise]))
+                 torch.cat([a.noise, b.noise]), torch.cat([a.fake_sigma, b.fake_sigma], 1),
+                 torch.cat([a.fake_noise, b.fake_noise], 1))
 
 
 def weights(network):
@@ -304,3 +304,16 @@ def test_counters_after_a_resume(iteration, expected):
     wrappers.initialize_count_status(method, iteration, 20)
     assert {role: wrapper.inner_count for role, wrapper in wrappers.items()} == expected
     assert (wrappers['student']._max_counts, wrappers['fake']._max_counts) == (10, 20)
+
+
+def test_the_fake_score_counts_every_step_of_an_iteration():
+    method = tiny_method(fake_steps=3, student_every=1)
+    wrappers = build(method, student=dict(SGD, accumulative_counts=2), fake=SGD)
+    wrappers.initialize_count_status(method, 7, 20)
+    assert {role: wrapper.inner_count for role, wrapper in wrappers.items()} == dict(student=7, fake=21)
+    assert (wrappers['student']._max_counts, wrappers['fake']._max_counts) == (20, 60)
+
+
+def test_steps_on_one_rollout_are_not_accumulated():
+    with pytest.raises(ValueError, match=r'model\.fake_steps=2 .*optim_wrapper\.fake\.accumulative_counts=4'):
+        build(tiny_method(fake_steps=2), student=SGD, fake=dict(SGD, accumulative_counts=4))

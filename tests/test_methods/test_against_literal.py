@@ -69,3 +69,26 @@ def test_one_cycle_equals_the_literal_implementation(recipe, checkpointing, dtyp
     assert relative_error(optimizers['student'].gradients, gradients(networks['student'])) < tolerance
     assert sum(g.abs().sum() for g in optimizers['student'].gradients if g is not None) > 0
     assert relative_error(method.fake.parameters(), networks['fake'].parameters()) < tolerance
+
+
+def test_fake_steps_on_one_rollout_equal_the_literal_implementation(labels, networks_copy):
+    """Three of them, then the student step, in one iteration."""
+    method = tiny_method(alpha=2.0, fake_steps=3, student_every=1, fake_merge=0.1, anchor_aware_fake=True)
+    networks, optimizers, lr = networks_copy(method), recording_optimizers(method), 0.05
+    condition = method.backbone.condition(labels)
+    draws = method.sample_draws(len(condition))
+    logs = method.train_step(labels, optimizers)
+    losses = []
+    for step in range(3):
+        losses.append(fake_loss(networks, draws, condition.fields, step))
+        networks['fake'].zero_grad()
+        losses[-1].backward()
+        with torch.no_grad():
+            for p in networks['fake'].parameters():
+                p -= 0 if p.grad is None else lr * p.grad
+        merge(networks['fake'], networks['student'], 0.1)
+    assert logs['loss_fake'].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-12)
+    assert relative_error(method.fake.parameters(), networks['fake'].parameters()) < 1e-12
+    null = method.null_condition(len(condition)).fields
+    sum(student_losses(networks, draws, condition.fields, null, 2.0, ()).values()).backward()
+    assert relative_error(optimizers['student'].gradients, gradients(networks['student'])) < 1e-12

@@ -92,6 +92,16 @@ def test_guided_cdm_costs_one_more_question_to_the_teacher_and_no_call(labels):
     assert method.calls['teacher', False] == 1 and method.call_samples['teacher', False] == 5 * BATCH
 
 
+def test_fake_steps_of_one_iteration_share_its_rollout(labels):
+    """Two of them and a student step: what `student_every=2` does with a second rollout and its last prediction."""
+    method = tiny_method(fake_steps=2, student_every=1)
+    method.train_step(labels, recording_optimizers(method))
+    draws = method.sample_draws(BATCH)
+    assert method.call_samples == {
+        ('student', False): int(draws.anchor.sum()), ('fake', True): 2 * BATCH, ('student', True): 2 * BATCH,
+        ('teacher', False): 4 * BATCH, ('fake', False): 2 * BATCH}
+
+
 def test_an_iteration_without_a_student_step_asks_no_teacher(labels):
     method = tiny_method()
     logs = method.train_step(labels, recording_optimizers(method))

@@ -33,7 +33,8 @@ def test_a_fixed_grid_takes_the_inference_levels_by_default():
     (dict(losses=dict(ca=3)), 'must be dicts'),
     (dict(losses=dict(ca=dict(sigma=dict(low=0.1)))), 'needs a type'),
     (dict(losses=dict(ca=dict(min_norm=0))), 'min_norm'),
-    (dict(losses=dict(ca=None, dm=None, cdm=None)), 'every loss'), (dict(max_batch_per_call=2.5), 'max_batch_per_call'),
+    (dict(losses=dict(ca=None, dm=None, cdm=None)), 'every loss'), (dict(fake_steps=0), 'fake_steps'),
+    (dict(max_batch_per_call=2.5), 'max_batch_per_call'),
     (dict(time_grid=dict(max_step=3)), 'max_step'), (dict(image_size=10), 'image_size'),
     (dict(image_size=64), 'image_size')])
 def test_mistakes_name_the_key(override, match):

@@ -20,6 +20,8 @@ from cdm_plugin.export import export  # noqa: E402
 from cdm_plugin.inference import load_method, sample_prompts  # noqa: E402
 from cdm_plugin.networks import merge_weights  # noqa: E402
 
+ONE_ROLLOUT = dict(fake_steps=2, student_every=1)
+
 
 def train_all(root, names):
     """Several strategies; their losses by name."""
@@ -138,13 +140,14 @@ def check_pieces(method):
 
 
 def train_variants(root):
-    """bfloat16, and LoRA with accumulated gradients, a few iterations each."""
+    """bfloat16, LoRA with accumulated gradients, and fake-score steps on one rollout, a few iterations each."""
     for stage in ('stage1', 'stage3'):
         cfg = config(f'{root}/bf16_{stage}', 2, 8, dict(STRATEGIES[stage], bf16=dict(enabled=True)))
         runner = build(cfg, 2, int(os.environ['RANK']))
         runner.train()
         check_pieces(runner.model)
     train(f'{root}/lora', STRATEGIES['stage2'], iters=8, accumulate=2, lora=dict(rank=2))
+    train(f'{root}/one_rollout', STRATEGIES['stage3'], iters=8, **ONE_ROLLOUT)
     # Ranks that have nothing in common but the networks: other data, their own draws, and the grid of samples.
     train(f'{root}/apart', STRATEGIES['stage3'], iters=8, build=build_apart)
 
@@ -158,8 +161,9 @@ def variants(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name, options, tolerance', [
-    ('bf16_stage1', {}, 0.05), ('bf16_stage3', {}, 0.05), ('lora', dict(accumulate=2, lora=dict(rank=2)), 1e-5)])
-def test_bfloat16_and_lora_with_accumulation(variants, tmp_path, name, options, tolerance):
+    ('bf16_stage1', {}, 0.05), ('bf16_stage3', {}, 0.05), ('lora', dict(accumulate=2, lora=dict(rank=2)), 1e-5),
+    ('one_rollout', ONE_ROLLOUT, 1e-5)])
+def test_variants_train_as_in_one_process(variants, tmp_path, name, options, tolerance):
     build(config(tmp_path, iters=8, **options)).train()
     expected, state = checkpoint(tmp_path / 'iter_8.pth'), checkpoint(variants / name / 'iter_8.pth')
     assert expected['state_dict'].keys() == state['state_dict'].keys()
