@@ -41,8 +41,8 @@ GROUPS = {
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
-    'forwards': ('Equal forwards', 'The baselines, and CDM on the fixed grid, for as many network forwards as '
-                 '`cdm-consistent` has in 200 student steps.'),
+    'forwards': ('Equal forwards', 'The baselines, CDM on the fixed grid, and what one rollout for both fake-score '
+                 'steps makes of CDM and DMD2, for as many network forwards as `cdm-consistent` has in 200 student steps.'),
     'grid': ('Time grid and CDM loss, on the consistent recipe', 'Fixed without the loss is `decoupled-dmd-aware`, '
              'dynamic with it `cdm-consistent`.'),
     'ablations': ('Ablations of the consistent recipe', 'One change each to `cdm-consistent`.'),
@@ -51,7 +51,8 @@ GROUPS = {
               'batch 128 (4 times the samples a step), one at a time. With alpha 7 the reference is the teacher at '
               'guidance scale 8.'),
     'length': ('Longer training', 'Four times the demo\'s length (400), the quarters over time; twice it, where '
-               '`cdm-consistent` has as many forwards as the baselines at four times.'),
+               '`cdm-consistent` has as many forwards as the baselines at four times, and 1,113 student steps, where CDM on '
+               'the fixed grid has as many as DMD2.'),
 }
 PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm-aware', 'cdm'),
          ('cdm-consistent', 'cdm'), ('cdm', 'dmd2'), ('cdm', 'decoupled-dmd'), ('decoupled-dmd-aware', 'dmd2-aware'),
@@ -66,7 +67,11 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm
          ('grid-sigma-low', 'cdm-consistent'), ('fixed-grid-with-cdm', 'dmd2-aware'),
          ('fixed-grid-with-cdm-400', 'dmd2-aware-equal-forwards'),
          ('cdm-consistent-1600', 'dmd2-aware-1600'), ('cdm-consistent-800', 'dmd2-aware-1600'),
-         ('cdm-consistent-800', 'decoupled-dmd-aware-1600'), ('cdm-consistent-1600', 'decoupled-dmd-aware-1600'))
+         ('cdm-consistent-800', 'decoupled-dmd-aware-1600'), ('cdm-consistent-1600', 'decoupled-dmd-aware-1600'),
+         ('fixed-grid-with-cdm-1600', 'cdm-consistent-1600'), ('fixed-grid-with-cdm-1600', 'dmd2-aware-1600'),
+         ('fixed-grid-with-cdm-1600', 'decoupled-dmd-aware-1600'), ('fixed-grid-with-cdm-1113', 'dmd2-aware-1600'),
+         ('one-rollout', 'cdm-consistent'), ('one-rollout-equal-forwards', 'cdm-consistent'),
+         ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-aware-equal-forwards'))
 
 
 def spread(values: Sequence[Optional[float]], digits: int) -> str:

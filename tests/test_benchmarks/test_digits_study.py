@@ -87,6 +87,7 @@ def test_forwards_of_a_student_step(name, forwards, plan, study):
 
 def test_rows_at_equal_forwards_are_as_long_as_that_takes(plan, study):
     assert study.student_steps_of(plan.ROWS['dmd2-aware-equal-forwards']) == round(200 * 33.5 / 16)
+    assert study.student_steps_of(plan.ROWS['fixed-grid-with-cdm-1113']) == 1113 == round(1600 * 16 / 23)
 
 
 def test_main_rows_come_first_and_the_long_ones_last(plan, study):
