@@ -1,12 +1,9 @@
-"""Text embeddings of a whole dataset, computed once; and who computed them."""
-import hashlib
+"""Text embeddings of a whole dataset, computed once."""
 import importlib.metadata
-import inspect
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from mmengine.config import Config
@@ -19,15 +16,11 @@ from tqdm import tqdm
 from cdm_plugin.assets import resolve
 from cdm_plugin.data.embedding_files import (INDEX, INDEX_VERSION, NULL, describe_shard, hash_prompts, read_header,
                                              read_index, read_indexed_header, write_embeddings, write_index)
+from cdm_plugin.data.embedding_provenance import describe_difference, describe_encoder, differences_of, type_name
 from cdm_plugin.version import __version__
 
 DTYPES = ('bfloat16', 'float16', 'float32')
 LIBRARIES = ('diffusers', 'transformers', 'tokenizers', 'torch')
-# Folders of a pipeline that decide its text embeddings.
-TEXT_PARTS = ('text_', 'tokenizer')
-# Arguments of from_pretrained that say how to load, not what.
-LOADING_KEYS = ('cache_dir', 'local_files_only', 'token', 'force_download', 'use_safetensors')
-BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -95,91 +88,19 @@ def cache_embeddings(cfg: Config, out: str, batch_size: int = 32, shard_size: in
     conditioner = backbone.conditioner.to(device or get_device()).eval()
     encode = _Encoder(conditioner, getattr(torch, dtype))
     null = encode.null()
-    wanted.update(_describe_encoder(backbone, backbone_cfg), fields=_describe_fields(null))
+    wanted.update(describe_encoder(backbone, backbone_cfg), fields=_describe_fields(null))
     if index is None:
         index = dict(wanted, libraries=_library_versions(), shards=[])
         folder.mkdir(parents=True, exist_ok=True)
         write_index(folder, index)
     else:
-        _check_same_encoder(folder, index, wanted)
+        _refuse(folder, differences_of(index, wanted))
     if not _is_null_condition(folder / NULL):
         write_embeddings(str(folder / NULL), null)
     reused = _write_shards(folder, index, prompts, encode, batch_size)
     truncated = sum((Counter(entry.get('truncated', {})) for entry in index['shards']), Counter())
     return CacheReport(str(folder), len(prompts), len(index['shards']), reused,
                        sum(entry['bytes'] for entry in index['shards']), dict(truncated))
-
-
-def check_encoder(folder: str, conditioner: Mapping[str, Any]) -> None:
-    """Checks that a conditioner's embeddings are those in a folder that `cdm cache` made. Loads no encoder.
-
-    Args:
-        folder (str): The folder, or a shard in it.
-        conditioner (dict): Config of the conditioner, as it would stand in `model.backbone.conditioner`. Arguments
-            that are left out have their defaults; those without a default (`pretrained`, `revision`, `variant`) and
-            `type` are compared only where they are given. The folder or the hub's local copy of `pretrained`, where
-            there is one, is compared by its files.
-
-    Raises:
-        ValueError: If the folder has no index, or another encoder made it; names the entries that differ.
-    """
-    root = Path(resolve(folder))
-    root = root if root.is_dir() else root.parent
-    index = read_index(root)
-    if index is None:
-        raise ValueError(f'{root} has no {INDEX}, which says what encoder made its embeddings: make the folder with '
-                         '`cdm cache`, or leave `encoder` out')
-    kind = conditioner.get('type', index['encoder'].get('type'))
-    given = {**conditioner, 'type': _type_name(kind)}
-    parameters = _parameters(kind)
-    known = {*index['encoder'], *parameters, 'revision', 'variant', *LOADING_KEYS}
-    unknown = sorted(set(given) - known)
-    if unknown and parameters:
-        raise ValueError(f'encoder.{unknown[0]} is unknown: {given["type"]} takes {", ".join(sorted(parameters))}')
-    full = {**_defaults(parameters), **given}
-    # What the encoder did not write down, such as where it keeps its weights, does not change embeddings.
-    compared = {key for key in (*index['encoder'], 'revision', 'variant') if key in full}
-    source = _describe_source(full, given.get('cache_dir'))
-    differences = _encoder_differences(index, {key: full[key] for key in compared}, source, compared)
-    if differences:
-        raise ValueError(f'another encoder made the embeddings in {root} ({"; ".join(differences)}): take the folder '
-                         'of this encoder, or make one with `cdm cache`')
-
-
-def check_cache(dataset: Any, backbone: Any) -> None:
-    """Checks that cached embeddings belong to a model: that its own text encoders made them, and that the null
-    condition is of the same cache. Folders without an index (not made by `cdm cache`) are taken as they are.
-
-    Args:
-        dataset (Dataset): The training dataset, of any kind.
-        backbone (Backbone): The model's.
-
-    Raises:
-        ValueError: If they do not; names the folder and what differs.
-    """
-    own = backbone.default_parts().get('conditioner')
-    null_folder = getattr(backbone.conditioner, 'folder', None)
-    null_index = read_index(Path(null_folder)) if null_folder and Path(null_folder).is_dir() else None
-    for root in _cache_folders(dataset):
-        index = read_index(root) if root.is_dir() else None
-        if index is None:
-            continue
-        if own is not None:  # how the encoders were used is the cache's business, which encoders they are is not
-            check_encoder(str(root), {**index['encoder'], **{k: v for k, v in own.items() if k in index['encoder']
-                                                             or k in ('revision', 'variant')}})
-        for key in ('encoder', 'source', 'fields'):
-            if null_index is not None and null_index[key] != index[key]:
-                difference = _difference(key, null_index[key], index[key])
-                raise ValueError(f'the null condition (model.backbone.conditioner.folder={null_folder!r}) and the '
-                                 f'embeddings in {root} are of two caches ({difference}): take one folder for both')
-
-
-def _cache_folders(dataset: Any) -> List[Path]:
-    """Folders of all embedding datasets inside a dataset."""
-    if isinstance(getattr(dataset, 'data_root', None), str) and hasattr(dataset, 'null_condition'):
-        return [Path(dataset.data_root)]
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    return [folder for part in inner if part is not None for folder in _cache_folders(part)]
 
 
 def read_prompts(cfg: Config, key: str) -> List[str]:
@@ -246,7 +167,7 @@ def _prompt(sample: Any, key: str) -> str:
 def _find_type(value: Any, name: str, path: str) -> Iterator[str]:
     if isinstance(value, Mapping):
         kind = value.get('type')
-        if _type_name(kind) == name:
+        if type_name(kind) == name:
             yield path
         for key, child in value.items():
             yield from _find_type(child, name, f'{path}.{key}')
@@ -381,7 +302,7 @@ def _open_index(folder: Path, wanted: Mapping[str, Any]) -> Optional[Dict[str, A
             raise ValueError(f'out={str(folder)!r} holds safetensors files, but no {INDEX} that says what they are: '
                              'choose another --out or delete it')
         return None
-    differences = [_difference(key, index[key], wanted[key]) for key in ('dtype', 'shard_size')
+    differences = [describe_difference(key, index[key], wanted[key]) for key in ('dtype', 'shard_size')
                    if index[key] != wanted[key]]
     if index['prompts'] != wanted['prompts']:
         old, new = ('{count} (sha256 {sha256:.12})'.format(**part['prompts']) for part in (index, wanted))
@@ -390,141 +311,10 @@ def _open_index(folder: Path, wanted: Mapping[str, Any]) -> Optional[Dict[str, A
     return index
 
 
-def _check_same_encoder(folder: Path, index: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    parameters = _parameters(wanted['encoder'].get('type'))
-    new = {**_defaults(parameters), **wanted['encoder']}
-    differences = _encoder_differences(index, new, wanted['source'], {*index['encoder'], *wanted['encoder']})
-    if not differences and index['fields'] != wanted['fields']:
-        differences.append(_difference('fields', index['fields'], wanted['fields']))
-    _refuse(folder, differences)
-
-
 def _refuse(folder: Path, differences: List[str]) -> None:
     if differences:
         raise ValueError(f'out={str(folder)!r} holds embeddings that something else made ({"; ".join(differences)}): '
                          'choose another --out or delete it')
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    return f'{key}: {old!r} in the cache, {new!r} here'
-
-
-# Who encoded it
-
-
-def _describe_encoder(backbone: Any, backbone_cfg: Mapping[str, Any]) -> Dict[str, Any]:
-    """`encoder` and `source` of the index."""
-    conditioner_cfg = backbone_cfg.get('conditioner')
-    conditioner_cfg = dict(conditioner_cfg) if isinstance(conditioner_cfg, Mapping) else {}
-    encoder = backbone.conditioner.to_config()
-    if encoder is None:  # the next best: what the config says of it
-        encoder = {**conditioner_cfg, 'type': type(backbone.conditioner).__name__}
-        encoder = {key: value for key, value in encoder.items() if key not in LOADING_KEYS}
-    cache_dir = conditioner_cfg.get('cache_dir') or getattr(backbone, 'load_kwargs', {}).get('cache_dir')
-    return dict(encoder=_plain(encoder), source=_describe_source(encoder, cache_dir))
-
-
-def _describe_source(encoder: Mapping[str, Any], cache_dir: Optional[str]) -> Dict[str, Any]:
-    """Where the encoders' files are from: `commit` (None for a folder) and `files`, a digest by name.
-
-    Nothing is downloaded; what is not on this machine is not described.
-    """
-    pretrained = encoder.get('pretrained')
-    if not isinstance(pretrained, str):
-        return dict(commit=None, files={})
-    folder, commit = Path(_absolute(pretrained)), None
-    if not folder.is_dir():
-        folder, commit = _hub_snapshot(pretrained, encoder.get('revision'), cache_dir)
-    return dict(commit=commit, files={} if folder is None else _digest_files(folder))
-
-
-def _hub_snapshot(repo: str, revision: Optional[str], cache_dir: Optional[str]) -> Tuple[Optional[Path], Optional[str]]:
-    """Folder and commit of the hub's local copy of a repository."""
-    from huggingface_hub import try_to_load_from_cache
-    for name in ('model_index.json', 'config.json'):
-        try:
-            path = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
-        except ValueError:  # no repository's name
-            return None, None
-        if isinstance(path, str):
-            return Path(path).parent, Path(path).parent.name
-    return None, None
-
-
-def _digest_files(folder: Path) -> Dict[str, str]:
-    parts = [part for part in folder.iterdir() if part.is_dir() and part.name.startswith(TEXT_PARTS)]
-    files = [file for part in parts for file in part.rglob('*')] or list(folder.iterdir())
-    return {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files)
-            if file.is_file() and file.suffix != '.md' and not file.name.startswith('.')}
-
-
-def _digest(path: Path) -> str:
-    """Digest of a file's size and of its content; of a large file's content, blocks all over it.
-
-    To read all weights would take as long as to load them, and the size alone is that of any fine-tuned copy.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open('rb') as file:
-        if size <= BLOCKS * BLOCK_BYTES:
-            digest.update(file.read())
-        else:
-            for i in range(BLOCKS):
-                file.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def _encoder_differences(index: Mapping[str, Any], encoder: Mapping[str, Any], source: Mapping[str, Any],
-                         compared: Any) -> List[str]:
-    """What differs between the encoder of an index and another one, in the keys `compared`."""
-    old = {**_defaults(_parameters(index['encoder'].get('type'))), **index['encoder']}
-    new = _plain(encoder)
-    old_files, files = index['source']['files'], source['files']
-    if isinstance(new.get('pretrained'), str):
-        # A folder that was moved is the same encoder.
-        new['pretrained'] = old['pretrained'] if files and files == old_files else _absolute(new['pretrained'])
-    differences = [_difference(key, old.get(key), new.get(key)) for key in sorted(compared)
-                   if old.get(key) != new.get(key)]
-    # Only files that both know: the hub's copy grows with what is loaded of it.
-    changed = [name for name in files if old_files.get(name, files[name]) != files[name]]
-    if changed and old.get('pretrained') == new.get('pretrained'):
-        differences.append(f'{len(changed)} files of {new["pretrained"]} have changed, such as {changed[0]}')
-    return differences
-
-
-def _type_name(kind: Union[str, type, None]) -> str:
-    """A registered type's name, without the scope that a config may put before it."""
-    return str(getattr(kind, '__name__', kind)).split('.')[-1]
-
-
-def _parameters(kind: Union[str, type, None]) -> Dict[str, inspect.Parameter]:
-    """Arguments of a conditioner's class and its bases; empty if it is not registered."""
-    if isinstance(kind, str):
-        try:
-            kind = MODELS.get(kind)
-        except RuntimeError:
-            kind = None
-    found: Dict[str, inspect.Parameter] = {}
-    for base in reversed(getattr(kind, '__mro__', ())):
-        if '__init__' in vars(base):
-            found.update(inspect.signature(base.__init__).parameters)
-    return {name: p for name, p in found.items()
-            if name != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-
-
-def _defaults(parameters: Mapping[str, inspect.Parameter]) -> Dict[str, Any]:
-    return _plain({name: p.default for name, p in parameters.items() if p.default is not p.empty})
-
-
-def _absolute(pretrained: str) -> str:
-    path = Path(resolve(pretrained))
-    return str(path.resolve()) if path.is_dir() else pretrained
-
-
-def _plain(value: Mapping[str, Any]) -> Dict[str, Any]:
-    """As JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(dict(value), default=str))
 
 
 def _describe_fields(fields: Mapping[str, Tensor]) -> Dict[str, Any]:

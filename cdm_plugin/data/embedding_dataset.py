@@ -6,9 +6,9 @@ from mmengine.registry import DATASETS
 from torch import Tensor
 
 from cdm_plugin.assets import resolve
-from cdm_plugin.data.embedding_cache import check_encoder
 from cdm_plugin.data.embedding_files import (INDEX, NULL, EmbeddingReader, ShardHeader, read_header, read_index,
                                              read_indexed_header)
+from cdm_plugin.data.embedding_provenance import check_encoder
 from cdm_plugin.data.pack_inputs import PackInputs
 
 
