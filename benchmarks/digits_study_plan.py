@@ -100,6 +100,7 @@ def _rows() -> Dict[str, Row]:
     one_rollout = {'model.fake_steps': 2, 'model.student_every': 1, 'param_scheduler.student': _schedule(1e-6, 10),
                    'param_scheduler.fake': _schedule(4e-5, 10)}
     rows['one-rollout'] = Row('CDM', one_rollout, group='ablations')
+    rows['fixed-grid-one-rollout-400'] = Row('CDM', {**FIXED_GRID, **one_rollout}, 400, group='grid')
     for name, type in (('one-rollout', 'CDM'), ('dmd2-aware-one-rollout', 'DMD2')):
         rows[f'{name}-equal-forwards'] = Row(type, one_rollout, group='forwards', forwards_of='cdm-consistent')
     for name, change in (('fixed-grid', FIXED_GRID), ('without-cdm', NO_CDM)):
