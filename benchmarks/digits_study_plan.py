@@ -50,6 +50,11 @@ def _schedule(lowest: float, warm_up: int = 20) -> List[Dict[str, Any]]:
             dict(type='CosineAnnealingLR', eta_min=lowest, by_epoch=False, begin=warm_up, end=2 * STEPS)]
 
 
+# Two fake-score steps a student step as everywhere, on one rollout; the warm-up as long in student steps.
+ONE_ROLLOUT = {'model.fake_steps': 2, 'model.student_every': 1, 'param_scheduler.student': _schedule(1e-6, 10),
+               'param_scheduler.fake': _schedule(4e-5, 10)}
+
+
 def _rows() -> Dict[str, Row]:
     """In the order in which they run."""
     rows = {
@@ -61,7 +66,9 @@ def _rows() -> Dict[str, Row]:
         'cdm-aware': Row('CDM', _without(UNAWARE)),
         'cdm-consistent': Row('CDM'),
         'cdm-consistent-400': Row('CDM', student_steps=400),
-        'fixed-grid-with-cdm-400': Row('CDM', FIXED_GRID, student_steps=400),  # the demo's recipe and length
+        'fixed-grid-with-cdm-400': Row('CDM', FIXED_GRID, student_steps=400),
+        # The demo's recipe and length.
+        'fixed-grid-one-rollout-400': Row('CDM', {**FIXED_GRID, **ONE_ROLLOUT}, student_steps=400),
     }
     # The published grid and loss, each with and without the other, on the consistent recipe. Fixed without the loss is
     # decoupled-dmd-aware.
@@ -96,13 +103,9 @@ def _rows() -> Dict[str, Row]:
         'student-every-1': Row('CDM', {'model.student_every': 1}, group='ablations'),
         'student-every-5': Row('CDM', {'model.student_every': 5}, group='ablations'),
     })
-    # Two fake-score steps a student step as everywhere, on one rollout; the warm-up as long in student steps.
-    one_rollout = {'model.fake_steps': 2, 'model.student_every': 1, 'param_scheduler.student': _schedule(1e-6, 10),
-                   'param_scheduler.fake': _schedule(4e-5, 10)}
-    rows['one-rollout'] = Row('CDM', one_rollout, group='ablations')
-    rows['fixed-grid-one-rollout-400'] = Row('CDM', {**FIXED_GRID, **one_rollout}, 400, group='grid')
+    rows['one-rollout'] = Row('CDM', ONE_ROLLOUT, group='ablations')
     for name, type in (('one-rollout', 'CDM'), ('dmd2-aware-one-rollout', 'DMD2')):
-        rows[f'{name}-equal-forwards'] = Row(type, one_rollout, group='forwards', forwards_of='cdm-consistent')
+        rows[f'{name}-equal-forwards'] = Row(type, ONE_ROLLOUT, group='forwards', forwards_of='cdm-consistent')
     for name, change in (('fixed-grid', FIXED_GRID), ('without-cdm', NO_CDM)):
         rows[f'published-{name}'] = Row('CDM', {**PUBLISHED, **change}, group='published')
     # The rates of the published recipe, at the ends of the schedules too.

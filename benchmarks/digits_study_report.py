@@ -37,7 +37,7 @@ on other noise than the reference, is the floor.
 GROUPS = {
     'main': ('Methods', 'The published recipes; `-aware` with the anchor-aware fake score, and `decoupled-dmd-aware` '
              'with CA\'s sigma uncapped too; CDM with all four changes (`cdm-consistent`), at the demo\'s length too, '
-             'and there on the fixed grid, which is the demo\'s recipe.'),
+             'there on the fixed grid, and with one rollout for both fake-score steps, which is the demo\'s recipe.'),
     'changes': ('The four changes, alone and in pairs', '`cdm-aware` and `cdm-consistent` of the first table belong '
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
@@ -71,7 +71,9 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm
          ('fixed-grid-with-cdm-1600', 'cdm-consistent-1600'), ('fixed-grid-with-cdm-1600', 'dmd2-aware-1600'),
          ('fixed-grid-with-cdm-1600', 'decoupled-dmd-aware-1600'), ('fixed-grid-with-cdm-1113', 'dmd2-aware-1600'),
          ('one-rollout', 'cdm-consistent'), ('one-rollout-equal-forwards', 'cdm-consistent'),
-         ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-aware-equal-forwards'))
+         ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-aware-equal-forwards'),
+         ('fixed-grid-one-rollout-400', 'fixed-grid-with-cdm-400'),
+         ('fixed-grid-one-rollout-400', 'dmd2-aware-one-rollout-equal-forwards'))
 
 
 def spread(values: Sequence[Optional[float]], digits: int) -> str:

@@ -22,7 +22,7 @@ from cdm_plugin.images import labelled_grid, save_png
 from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import Distillation
 
-RECIPE = 'digits/cdm-fixed-grid_sd3-digits_1xb32_4step_800.py'
+RECIPE = 'digits/cdm-fixed-grid_sd3-digits_1xb32_4step_400.py'
 NUM_SAMPLES = 1000  # the Fréchet distance depends on the number of samples: compare equal numbers only
 
 

@@ -10,7 +10,7 @@ from cdm_plugin.demo import run
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('demo')
-    options = {'train_cfg.max_iters': 120, 'param_scheduler.student.1.end': 120, 'param_scheduler.fake.1.end': 120}
+    options = {'train_cfg.max_iters': 60, 'param_scheduler.student.1.end': 60, 'param_scheduler.fake.1.end': 60}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('OMP_NUM_THREADS', '1')  # more threads than free cores wait for each other
         results = run(str(work_dir), options, num_samples=250)
@@ -44,6 +44,6 @@ def test_the_demo_leaves_its_work_behind(demo):
     work_dir, _ = demo
     assert (work_dir / 'samples.png').stat().st_size > 1000
     assert list(work_dir.rglob('events.out.tfevents.*'))
-    assert (work_dir / 'iter_120.pth').is_file()
+    assert (work_dir / 'iter_60.pth').is_file()
     network = SD3Transformer2DModel.from_pretrained(work_dir / 'student', subfolder='transformer')
     assert sum(p.numel() for p in network.parameters()) == 581_328

@@ -43,7 +43,7 @@ def test_schedules_are_as_long_as_the_run_and_never_rise(plan, study, tmp_path):
 
 
 def test_the_demo_is_one_of_the_rows(plan, study, tmp_path):
-    cfg, demo = study.config_of(plan.ROWS['fixed-grid-with-cdm-400'], 0, tmp_path), load_config(DEMO)
+    cfg, demo = study.config_of(plan.ROWS['fixed-grid-one-rollout-400'], 0, tmp_path), load_config(DEMO)
     assert cfg.train_cfg.max_iters == demo.train_cfg.max_iters
     for key in ('model', 'train_dataloader', 'param_scheduler', 'randomness'):
         assert cfg[key].to_dict() == demo[key].to_dict(), key
@@ -95,7 +95,7 @@ def test_main_rows_come_first_and_the_long_ones_last(plan, study):
     groups = [plan.ROWS[name].group for name, _ in order]
     place = dict(main=0, changes=1, forwards=1, grid=1, length=3)
     assert groups == sorted(groups, key=lambda group: place.get(group, 2))
-    assert [seed for _, seed in order[:18]] == [0] * 9 + [1] * 9 and len(set(order)) == len(order)
+    assert [seed for _, seed in order[:20]] == [0] * 10 + [1] * 10 and len(set(order)) == len(order)
 
 
 def test_compiled_networks_compute_the_same(plan, study):

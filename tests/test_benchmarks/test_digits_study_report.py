@@ -58,7 +58,7 @@ def test_the_report_in_the_repository_is_of_the_results_in_it(report):
 def test_the_readme_s_table_is_of_the_results(report):
     readme = (DOCS.parent / 'README.md').read_text(encoding='utf-8')
     table = re.findall(r'^\|.*\(`([\w-]+)`.*?\) \| (.*) \|$', readme, re.MULTILINE)
-    assert len(table) >= 7 and table[0][0] == 'fixed-grid-with-cdm-400'
+    assert len(table) >= 7 and table[0][0] == 'fixed-grid-one-rollout-400'
     for name, cells in table:
         result = json.loads((DOCS / f'study/{name}.json').read_text())
         expected = [str(result['student_steps']), str(len(result['runs']))]
