@@ -118,8 +118,9 @@ def train(rank: int, port: int, method: str, stage: int, checkpointing: bool, it
         weights = {role: sum(getattr(p, 'ds_numel', p.numel()) for p in getattr(model, role).parameters())
                    for role in ('student', 'fake', 'teacher')}
         turn = model.is_student_turn()
-        expected = expected_bytes(stage, checkpointing, weights, dict(model.calls), dict(fake=1, student=int(turn)),
-                                  int(model.fake_merge > 0))
+        expected = expected_bytes(stage, checkpointing, weights, dict(model.calls),
+                                  dict(fake=model.fake_steps, student=int(turn)),
+                                  model.fake_steps * (model.fake_merge > 0))
         rows.append(dict(student_step=turn, network_calls=sum(model.calls.values()), calls=dict(count.calls),
                          bytes=dict(count.bytes), expected=expected))
         return out

@@ -42,7 +42,8 @@ GROUPS = {
                 'here too. A name lists what is changed of the published recipe: `uncapped` CA sigma, `guided` CDM '
                 'loss, `aware` fake score, `anchor-points` (sigma_c follows the law of the anchors).'),
     'forwards': ('Equal forwards', 'The baselines, CDM on the fixed grid, and what one rollout for both fake-score '
-                 'steps makes of CDM and DMD2, for as many network forwards as `cdm-consistent` has in 200 student steps.'),
+                 'steps makes of CDM and DMD2, for as many network forwards as `cdm-consistent` has in 200 student '
+                 'steps.'),
     'grid': ('Time grid and CDM loss, on the consistent recipe', 'Fixed without the loss is `decoupled-dmd-aware`, '
              'dynamic with it `cdm-consistent`.'),
     'ablations': ('Ablations of the consistent recipe', 'One change each to `cdm-consistent`.'),
@@ -51,8 +52,8 @@ GROUPS = {
               'batch 128 (4 times the samples a step), one at a time. With alpha 7 the reference is the teacher at '
               'guidance scale 8.'),
     'length': ('Longer training', 'Four times the demo\'s length (400), the quarters over time; twice it, where '
-               '`cdm-consistent` has as many forwards as the baselines at four times, and 1,113 student steps, where CDM on '
-               'the fixed grid has as many as DMD2.'),
+               '`cdm-consistent` has as many forwards as the baselines at four times, and 1,113 student steps, where '
+               'CDM on the fixed grid has as many as DMD2.'),
 }
 PAIRS = (('dmd2-aware', 'dmd2'), ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm-aware', 'cdm'),
          ('cdm-consistent', 'cdm'), ('cdm', 'dmd2'), ('cdm', 'decoupled-dmd'), ('decoupled-dmd-aware', 'dmd2-aware'),

@@ -59,7 +59,8 @@ def traffic(recipe: str, stage: int, gpus: int) -> Dict[str, float]:
                for role in ('student', 'fake', 'teacher')}
     # Data parallelism reduces float32; the sharded recipes gather bfloat16 and reduce float32.
     whole = expected_bytes(stage, method.activation_checkpointing, weights, calls.calls,
-                           dict(fake=1, student=1 / method.student_every), 1, 1)
+                           dict(fake=method.fake_steps, student=1 / method.student_every),
+                           method.fake_steps * (method.fake_merge > 0), 1)
     bytes_of = {'all-reduce': 4 * 2, 'all-gather': 2, 'reduce-scatter': 4}  # a ring's all-reduce sends all twice
     sent = sum(n * bytes_of[name] for name, n in whole.items()) * (gpus - 1) / gpus
     gathered = whole.get('all-gather', 0) * 2

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cdm_plugin.assets import resolve
 from cdm_plugin.data.embedding_files import (INDEX, INDEX_VERSION, NULL, describe_shard, hash_prompts, read_header,
                                              read_index, read_indexed_header, write_embeddings, write_index)
-from cdm_plugin.data.embedding_provenance import describe_difference, describe_encoder, differences_of, type_name
+from cdm_plugin.data.embedding_provenance import describe_difference, describe_encoder, index_differences, type_name
 from cdm_plugin.version import __version__
 
 DTYPES = ('bfloat16', 'float16', 'float32')
@@ -94,7 +94,7 @@ def cache_embeddings(cfg: Config, out: str, batch_size: int = 32, shard_size: in
         folder.mkdir(parents=True, exist_ok=True)
         write_index(folder, index)
     else:
-        _refuse(folder, differences_of(index, wanted))
+        _refuse(folder, index_differences(index, wanted))
     if not _is_null_condition(folder / NULL):
         write_embeddings(str(folder / NULL), null)
     reused = _write_shards(folder, index, prompts, encode, batch_size)

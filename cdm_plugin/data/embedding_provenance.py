@@ -89,7 +89,7 @@ def _cache_folders(dataset: Any) -> List[Path]:
     return [folder for part in inner if part is not None for folder in _cache_folders(part)]
 
 
-def differences_of(index: Mapping[str, Any], wanted: Mapping[str, Any]) -> List[str]:
+def index_differences(index: Mapping[str, Any], wanted: Mapping[str, Any]) -> List[str]:
     """What differs between who made an index's embeddings and who would go on with them."""
     parameters = _parameters(wanted['encoder'].get('type'))
     new = {**_defaults(parameters), **wanted['encoder']}

@@ -30,7 +30,7 @@ CASES = {
     'cdm, anchor-aware, checkpointed': (
         dict(type='CDM', student_every=2, anchor_aware_fake=True, activation_checkpointing=True), {}, {}),
     'cdm, accumulated': (dict(type='CDM', student_every=2), dict(accumulative_counts=2), {}),
-    'cdm, one rollout': (dict(type='CDM', fake_steps=2, student_every=1, fake_merge=0.1), {}, {}),
+    'lora, one rollout': (dict(type='CDM', fake_steps=2, student_every=1, lora=dict(rank=2)), {}, {}),
     'cdm, unused': (dict(type='CDM', student_every=2), {}, dict(find_unused_parameters=True)),
     'dmd2': (dict(type='DMD2', student_every=2), {}, {}),
     'decoupled dmd': (dict(type='DecoupledDMD', student_every=2, max_batch_per_call=3), {}, {}),
