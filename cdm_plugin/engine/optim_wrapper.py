@@ -157,7 +157,7 @@ class DistillationOptimWrapperConstructor:
             raise ValueError(f'optim_wrapper.{missing[0]} is missing: {type(model).__name__} trains {list(roles)}, '
                              f'but optim_wrapper has {list(self.configs)}')
         wrappers = {role: self._build(role, getattr(model, role)) for role in roles}
-        counts = wrappers['fake']._accumulative_counts if 'fake' in wrappers else 1
+        counts = getattr(wrappers.get('fake'), '_accumulative_counts', 1)
         if counts > 1 and getattr(model, 'fake_steps', 1) > 1:
             raise ValueError(f'model.fake_steps={model.fake_steps} does not go with optim_wrapper.fake.'
                              f'accumulative_counts={counts}, which would join the steps of one rollout: set one to 1')
