@@ -2,7 +2,8 @@
 
 `hooks/` and `configs/` stay at the top of the repository, where people look for them, and are installed inside
 the package: hooks as `cdm_plugin.hooks`, configs as package data below `cdm_plugin/.mim/configs` (where MMEngine
-looks for `cdm_plugin::...` recipes).
+looks for `cdm_plugin::...` recipes). The command line is installed a second time, as `cdm_command`: importing
+`cdm_plugin.cli` registers the whole package first, which takes seconds that `cdm --help` does not have.
 """
 import re
 from pathlib import Path
@@ -15,17 +16,22 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'cdm_plugin/version.py').re
 CORE = [
     'torch>=2.6', 'mmengine>=0.10.7', 'diffusers>=0.42', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',
     'pluggy>=1.5', 'tensorboard>=2.16', 'safetensors>=0.4', 'numpy>=1.26', 'pillow>=10', 'tqdm>=4.60',
+    'annotated-types>=0.6',
 ]
+DOCS = ['mkdocs-material>=9.6', 'mkdocstrings[python]>=1.0']
 EXTRAS = {
+    # A wheel of xformers is built for one torch: torch 2.10.0 with xformers 0.0.35 is a pair in which all of it loads.
     'scale': ['deepspeed>=0.19', 'xformers>=0.0.33'],
     'quantization': ['bitsandbytes>=0.45'],
     'bench': ['emoji>=2.14'],  # captions of benchmarks/emoji
-    'test': ['pytest>=8', 'pytest-xdist>=3.6', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77', 'wheel'],
+    'docs': DOCS,
+    'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77',
+             'wheel', *DOCS],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.
 PARTS = ['time_grids', 'sigma_samplers', 'losses', 'conditioners', 'codecs', 'backbones', 'methods', 'data', 'engine',
-         'evaluation', 'hooks']
+         'metrics', 'hooks']
 
 setup(
     name='cdm_plugin',
@@ -36,17 +42,17 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     python_requires='>=3.10',
-    packages=find_packages(include=['cdm_plugin', 'cdm_plugin.*']) + ['cdm_plugin.hooks'],
-    package_dir={'cdm_plugin': 'cdm_plugin', 'cdm_plugin.hooks': 'hooks'},
+    packages=find_packages(include=['cdm_plugin', 'cdm_plugin.*']) + ['cdm_plugin.hooks', 'cdm_command'],
+    package_dir={'cdm_plugin': 'cdm_plugin', 'cdm_plugin.hooks': 'hooks', 'cdm_command': 'cdm_plugin/cli'},
     package_data={
         'cdm_plugin': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*.py'],
-        'cdm_plugin.compare': ['page.html'],
+        'cdm_plugin.commands.compare': ['page.html'],
         'cdm_plugin.assets': ['**/*.npz', '**/*.safetensors', '**/*.json', '**/*.md'],
     },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={
-        'console_scripts': ['cdm = cdm_plugin.cli:main'],
+        'console_scripts': ['cdm = cdm_command:main'],
         'cdm_plugin': [f'{part} = cdm_plugin.{part}' for part in PARTS],
     },
     classifiers=[

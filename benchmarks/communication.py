@@ -15,7 +15,7 @@ import socket
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -57,8 +57,8 @@ def gathers(with_gradient: bool, checkpointing: bool) -> int:
     return 1 if not with_gradient else 3 if checkpointing else 2
 
 
-def expected_bytes(stage: int, checkpointing: bool, weights: Dict[str, float], calls: Dict[Any, float],
-                   updates: Dict[str, float], merges: float, size: int = 4) -> Dict[str, float]:
+def expected_bytes(stage: int, checkpointing: bool, weights: dict[str, float], calls: dict[Any, float],
+                   updates: dict[str, float], merges: float, size: int = 4) -> dict[str, float]:
     """Bytes of the collectives of an iteration.
 
     Args:
@@ -109,7 +109,7 @@ def train(rank: int, port: int, method: str, stage: int, checkpointing: bool, it
     cfg = config_of(method, stage, checkpointing, iterations, folder)
     start_processes('pytorch')
     runner = (FlexibleRunner if stage else Runner).from_cfg(cfg)
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     step = Distillation.train_step
 
     def counted_step(model: Any, data: Any, optim_wrapper: Any) -> Any:
@@ -117,7 +117,7 @@ def train(rank: int, port: int, method: str, stage: int, checkpointing: bool, it
             out = step(model, data, optim_wrapper)
         weights = {role: sum(getattr(p, 'ds_numel', p.numel()) for p in getattr(model, role).parameters())
                    for role in ('student', 'fake', 'teacher')}
-        turn = model.is_student_turn()
+        turn = model.is_due('student')
         expected = expected_bytes(stage, checkpointing, weights, dict(model.calls),
                                   dict(fake=model.fake_steps, student=int(turn)),
                                   model.fake_steps * (model.fake_merge > 0))
@@ -132,7 +132,7 @@ def train(rank: int, port: int, method: str, stage: int, checkpointing: bool, it
     stop_processes()
 
 
-def measure(method: str, stage: int, checkpointing: bool, iterations: int = 4) -> List[Dict[str, Any]]:
+def measure(method: str, stage: int, checkpointing: bool, iterations: int = 4) -> list[dict[str, Any]]:
     """What each iteration sent, and what the formula says."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))

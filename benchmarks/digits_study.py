@@ -15,7 +15,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import digits_study_plan as plan
 import numpy as np
@@ -27,13 +27,20 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from cdm_plugin import assets
+from cdm_plugin.commands.demo.judge import NUM_SAMPLES, Judge
+from cdm_plugin.commands.doctor.calls import expected_calls
 from cdm_plugin.config import check_config, load_config
-from cdm_plugin.demo import NUM_SAMPLES, Judge
-from cdm_plugin.doctor.calls import expected_calls
-from cdm_plugin.evaluation import (DigitClassifier, class_accuracy, classifier_features, frechet_distance,
-                                   pixels_to_images, precision_recall)
+from cdm_plugin.files import whole_file
 from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import Distillation
+from cdm_plugin.metrics import (
+    DigitClassifier,
+    class_accuracy,
+    classifier_features,
+    frechet_distance,
+    pixels_to_images,
+    precision_recall,
+)
 
 STUDENT_STEPS = (1, 2, 3, 4, 6, 8)
 HELD_OUT = 1000  # the last of the package's digits
@@ -59,7 +66,7 @@ class Examiner:
             torch.save(self.judge.reference, cache)
         self.real = held_out_features(self.judge.classifier)
 
-    def examine(self, role: str, steps: int, guided: bool = True) -> Dict[str, Optional[float]]:
+    def examine(self, role: str, steps: int, guided: bool = True) -> dict[str, float | None]:
         """Every measure of a role's samples, None if they are not finite; only a teacher can be guided."""
         judge = self.judge
         images = sample_prompts(judge.method, judge.labels, judge.noise, sigmas=step_sigmas(steps), role=role,
@@ -86,7 +93,7 @@ class ExaminerHook(Hook):
     """Judges the EMA student at 4 steps while it trains."""
     priority = 'VERY_LOW'
 
-    def __init__(self, examiner: Examiner, student_steps: List[int]) -> None:
+    def __init__(self, examiner: Examiner, student_steps: list[int]) -> None:
         self.examiner, self.student_steps, self.curve, self.seconds = examiner, student_steps, [], 0.0
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -158,7 +165,7 @@ def compile_networks(method: Distillation, **kwargs: Any) -> None:
         getattr(method, role).compile(**kwargs)
 
 
-def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bool = False) -> Dict[str, Any]:
+def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bool = False) -> dict[str, Any]:
     """Trains and judges one row on one seed."""
     cfg = config_of(row, seed, work_dir)
     length = student_steps_of(row)
@@ -181,7 +188,7 @@ def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bo
                 seconds=round(time.perf_counter() - start, 1), curve=hook.curve, final=final)
 
 
-def results_of(name: str, num_samples: int, file: Path) -> Dict[str, Any]:
+def results_of(name: str, num_samples: int, file: Path) -> dict[str, Any]:
     """A row's results so far.
 
     Raises:
@@ -201,12 +208,10 @@ def results_of(name: str, num_samples: int, file: Path) -> Dict[str, Any]:
     return result
 
 
-def write(file: Path, result: Dict[str, Any]) -> None:
+def write(file: Path, result: dict[str, Any]) -> None:
     """Writes them whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix('.part')
-    part.write_text(json.dumps(result, separators=(',', ':')) + '\n')
-    os.replace(part, file)
+    with whole_file(file) as part:
+        part.write_text(json.dumps(result, separators=(',', ':')) + '\n')
 
 
 def teacher_rows(out: Path, work_dir: Path, num_samples: int) -> None:
@@ -221,14 +226,14 @@ def teacher_rows(out: Path, work_dir: Path, num_samples: int) -> None:
             write(file, result)
 
 
-def jobs(names: List[str], max_seeds: int) -> List[Tuple[str, int]]:
+def jobs(names: list[str], max_seeds: int) -> list[tuple[str, int]]:
     """What is to be run, in order: main rows first, the long ones last, each group seed by seed."""
     wanted = [(ORDER.get(plan.ROWS[name].group, 2), seed, name) for name in names
               for seed in range(min(plan.ROWS[name].seeds, max_seeds))]
     return [(name, seed) for _, seed, name in sorted(wanted, key=lambda job: job[:2])]
 
 
-def expected_seconds(row: plan.Row, runs: List[Dict[str, Any]]) -> float:
+def expected_seconds(row: plan.Row, runs: list[dict[str, Any]]) -> float:
     """Of the row's next run."""
     if runs:
         return max(done['seconds'] for done in runs)
@@ -236,7 +241,7 @@ def expected_seconds(row: plan.Row, runs: List[Dict[str, Any]]) -> float:
     return SECONDS_A_FORWARD * batch * forwards_a_step(row) * student_steps_of(row)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--budget-minutes', type=float, default=float('inf'), help='default: until all is done')
     parser.add_argument('--only', nargs='+', metavar='ROW', choices=list(plan.ROWS), help='default: all rows')
@@ -250,7 +255,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * args.budget_minutes
     teacher_rows(args.out, args.work_dir, args.num_samples)
-    results: Dict[str, Dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, seed in jobs(args.only or list(plan.ROWS), args.max_seeds):
         row, file = plan.ROWS[name], args.out / f'{name}.json'
         result = results[name] = results.get(name) or results_of(name, args.num_samples, file)

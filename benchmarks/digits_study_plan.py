@@ -1,6 +1,6 @@
 """Rows of the study on the digits: what each changes of the consistent recipe, its length, its seeds."""
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'  # the consistent recipe
 STEPS = 200  # student steps of a row, half of the recipe's
@@ -12,7 +12,7 @@ TEACHER_STEPS = (1, 2, 3, 4, 6, 8, 50)
 UNAWARE = {'model.anchor_aware_fake': False}
 CAPPED = {'model.losses.ca.sigma': dict(type='CappedUniformSigma')}
 UNGUIDED = {'model.losses.cdm.guided': False}
-UNIFORM = {'model.losses.cdm.point_sigma': dict(type='UniformSigma', low=0.0, high=1.0)}
+UNIFORM = {'model.losses.cdm.point_sigma': dict(type='UniformSigma')}
 PUBLISHED = {**UNAWARE, **CAPPED, **UNGUIDED, **UNIFORM}
 NO_CA, NO_DM, NO_CDM = ({f'model.losses.{name}': None} for name in ('ca', 'dm', 'cdm'))
 FIXED_GRID = {'model.time_grid': dict(type='FixedTimeGrid')}
@@ -31,20 +31,20 @@ class Row:
         forwards_of (str, optional): Name of a row: train for as many network forwards as it, not for as many steps.
     """
     type: str = 'CDM'
-    options: Dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     student_steps: int = STEPS
     seeds: int = SEEDS
     group: str = 'main'
-    forwards_of: Optional[str] = None
+    forwards_of: str | None = None
 
 
-def _without(*changes: Dict[str, Any]) -> Dict[str, Any]:
+def _without(*changes: dict[str, Any]) -> dict[str, Any]:
     """The published recipe with those of the four settings that `changes` name as in the consistent one."""
     kept = {key for change in changes for key in change}
     return {key: value for key, value in PUBLISHED.items() if key not in kept}
 
 
-def _schedule(lowest: float, warm_up: int = 20) -> List[Dict[str, Any]]:
+def _schedule(lowest: float, warm_up: int = 20) -> list[dict[str, Any]]:
     """The recipe's learning-rate schedule with another last rate, or a warm-up of another length in iterations."""
     return [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=warm_up),
             dict(type='CosineAnnealingLR', eta_min=lowest, by_epoch=False, begin=warm_up, end=2 * STEPS)]
@@ -55,10 +55,22 @@ ONE_ROLLOUT = {'model.fake_steps': 2, 'model.student_every': 1, 'param_scheduler
                'param_scheduler.fake': _schedule(4e-5, 10)}
 
 
-def _rows() -> Dict[str, Row]:
+# The published GAN on the pictures behind the labels; the head at the fake score's rate.
+GAN = {'model.losses.gan': dict(type='GANLoss', width=64),
+       'train_dataloader.dataset': dict(type='ImageLabelDataset', data_file='asset:digits/digits_16.npz', indices=9000),
+       'optim_wrapper.discriminator': dict(
+           type='OptimWrapper', optimizer=dict(type='AdamW', lr=4e-4, betas=(0.0, 0.999), weight_decay=1e-4),
+           clip_grad=dict(max_norm=1.0)),
+       'param_scheduler.discriminator': _schedule(4e-5)}
+
+
+def _rows() -> dict[str, Row]:
     """In the order in which they run."""
     rows = {
         'dmd2': Row('DMD2', PUBLISHED),
+        'dmd2-gan': Row('DMD2', {**PUBLISHED, **GAN}, group='gan'),
+        'dmd2-gan-strong': Row('DMD2', {**PUBLISHED, **GAN, 'model.losses.gan': dict(
+            GAN['model.losses.gan'], weight=0.1, fake_weight=0.1)}, group='gan'),
         'dmd2-aware': Row('DMD2'),
         'decoupled-dmd': Row('DecoupledDMD', PUBLISHED),
         'decoupled-dmd-aware': Row('DecoupledDMD'),

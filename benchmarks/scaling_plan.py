@@ -7,18 +7,19 @@ bytes, floating-point operations are counted by torch on the recipe's networks. 
 assumptions.
 """
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import torch
 from communication import expected_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
+from cdm_plugin.commands.doctor.calls import expected_calls
+from cdm_plugin.commands.doctor.diagnosis import diagnose
+from cdm_plugin.commands.doctor.meta import build_on_meta
+from cdm_plugin.commands.doctor.report import Report
 from cdm_plugin.config import read_config
-from cdm_plugin.doctor import diagnose
-from cdm_plugin.doctor.calls import expected_calls
-from cdm_plugin.doctor.meta import build_on_meta
-from cdm_plugin.doctor.report import Report
 
 RECIPES = {'SD3-Medium': 'sd3/cdm_sd3-medium_8xb16_4step_4k.py',
            'LongCat-Image': 'longcat/cdm_longcat-image_8xb8_4step_2k.py'}
@@ -30,7 +31,7 @@ NODE, NVLINK, NETWORK = 8, 300e9, 40e9
 MARK = '<!-- tables of benchmarks/scaling_plan.py -->'
 
 
-def table(head: Sequence[str], rows: List[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: list[Sequence[str]]) -> str:
     """A Markdown table."""
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (head, ['---'] * len(head), *rows))
 
@@ -43,13 +44,13 @@ def forward_flops(method: Any) -> float:
     return counter.get_total_flops()
 
 
-def memory_rows(recipe: str) -> List[Sequence[str]]:
+def memory_rows(recipe: str) -> list[Sequence[str]]:
     """GiB of a GPU, by the number of GPUs."""
     report = diagnose(read_config(recipe), table=GPUS)
     return [[name, *(f'{memory.peak / 2**30:.0f}' for memory in memories)] for name, memories in report.sharing.items()]
 
 
-def traffic(recipe: str, stage: int, gpus: int) -> Dict[str, float]:
+def traffic(recipe: str, stage: int, gpus: int) -> dict[str, float]:
     """GB that a GPU sends in a mean iteration, and seconds of sending and of computing."""
     cfg = read_config(recipe)
     method = build_on_meta(cfg.model.to_dict(), Report('', gpus))

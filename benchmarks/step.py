@@ -21,8 +21,9 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import diffusers
 import torch
@@ -67,7 +68,7 @@ def load_literal() -> Any:
 class NullEmbedding(Conditioner):
     """Holds a null condition; the batch brings its embeddings."""
 
-    def __init__(self, fields: Dict[str, Tensor]) -> None:
+    def __init__(self, fields: dict[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in fields.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -76,14 +77,14 @@ class NullEmbedding(Conditioner):
         return Condition(dict(self.named_buffers()))
 
 
-def random_fields(network: Dict[str, Any], tokens: int, batch: int, generator: torch.Generator) -> Dict[str, Tensor]:
+def random_fields(network: dict[str, Any], tokens: int, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Text embeddings of `batch` prompts that nobody wrote."""
     return dict(encoder_hidden_states=torch.randn(batch, tokens, network['joint_attention_dim'], generator=generator),
                 pooled_projections=torch.randn(batch, network['pooled_projection_dim'], generator=generator))
 
 
-def build(network: Dict[str, Any], tokens: int, batch: int, *, seed: int, dtype: str, checkpointing: bool,
-          device: str) -> Tuple[nn.Module, Dict[str, Tensor]]:
+def build(network: dict[str, Any], tokens: int, batch: int, *, seed: int, dtype: str, checkpointing: bool,
+          device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """CDM on random weights, different in every role, and a batch of embeddings on the device."""
     generator = torch.Generator().manual_seed(seed)
     null = random_fields(network, tokens, 1, generator)
@@ -104,7 +105,7 @@ def build(network: Dict[str, Any], tokens: int, batch: int, *, seed: int, dtype:
 
 def optimizers_of(method: nn.Module, autocast: bool, **adamw: Any) -> Any:
     """The published recipe's optimizers, as a config states them."""
-    def role(name: str) -> Dict[str, Any]:
+    def role(name: str) -> dict[str, Any]:
         wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16') if autocast else dict(type='OptimWrapper')
         optimizer = dict(type='AdamW', lr=LEARNING_RATES[name], weight_decay=WEIGHT_DECAY, **adamw)
         return dict(wrapper, optimizer=optimizer, clip_grad=dict(max_norm=MAX_NORM))
@@ -112,11 +113,11 @@ def optimizers_of(method: nn.Module, autocast: bool, **adamw: Any) -> Any:
 
 
 @contextlib.contextmanager
-def counted(networks: Dict[str, nn.Module], calls: Counter, samples: Counter) -> Iterator[None]:
+def counted(networks: dict[str, nn.Module], calls: Counter, samples: Counter) -> Iterator[None]:
     """Counts the networks' forward passes inside by (role, with gradient), recomputations left out: they call blocks,
     not networks."""
     def count(role: str) -> Callable:
-        def hook(module: nn.Module, args: Any, kwargs: Dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             x = kwargs['hidden_states'] if 'hidden_states' in kwargs else args[0]
             calls[role, torch.is_grad_enabled()] += 1
             samples[role, torch.is_grad_enabled()] += len(x)
@@ -139,7 +140,7 @@ class OptimisedLoop:
         optimizers (OptimWrapperDict): Of the student and the fake score.
     """
 
-    def __init__(self, method: nn.Module, fields: Dict[str, Tensor], optimizers: Any) -> None:
+    def __init__(self, method: nn.Module, fields: dict[str, Tensor], optimizers: Any) -> None:
         self.method, self.fields, self.optimizers = method, fields, optimizers
         self.networks = {role: getattr(method, role) for role in ROLES}
 
@@ -159,7 +160,7 @@ class LiteralLoop:
         shared (bool): Train the method's own networks with its optimizers, rather than copies.
     """
 
-    def __init__(self, method: nn.Module, fields: Dict[str, Tensor], optimizers: Any, autocast: bool,
+    def __init__(self, method: nn.Module, fields: dict[str, Tensor], optimizers: Any, autocast: bool,
                  shared: bool) -> None:
         self.method, self.literal, self.autocast = method, load_literal(), autocast
         own = (lambda network: network) if shared else copy.deepcopy
@@ -188,7 +189,7 @@ class LiteralLoop:
         self.optimizers[role].zero_grad()
 
     @torch.no_grad()
-    def rollout(self, draws: Any) -> Tuple[Tensor, Tensor, Tensor]:
+    def rollout(self, draws: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The whole trajectory of every sample, in which the anchors are looked up: x, velocity, sigma."""
         x, points, velocities = draws.noise, [], []
         levels = torch.cat([draws.sigmas, draws.sigmas.new_zeros(1)])
@@ -217,14 +218,14 @@ class LiteralLoop:
                       + self.matching(draws.losses['dm'], x_n, sigma_n)
                       + self.matching(draws.losses['cdm'], x_c, point_sigma))
 
-    def ca(self, draws: Dict[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+    def ca(self, draws: dict[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
         x0 = self.denoise('student', x, sigma)
         with torch.no_grad():
             z = self.literal.noised(x0, draws['noise'], draws['sigma'])
             cond, null = self.denoise('teacher', z, draws['sigma']), self.denoise('teacher', z, draws['sigma'], True)
         return self.literal.regression(x0, self.method.alpha * (cond - null), cond)
 
-    def matching(self, draws: Dict[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+    def matching(self, draws: dict[str, Tensor], x: Tensor, sigma: Tensor) -> Tensor:
         x0 = self.denoise('student', x, sigma)
         with torch.no_grad():
             z = self.literal.noised(x0, draws['noise'], draws['sigma'])
@@ -237,7 +238,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed_cycle(loop: Any, cycle: int) -> Dict[str, Any]:
+def timed_cycle(loop: Any, cycle: int) -> dict[str, Any]:
     """Runs one cycle: seconds on the clock and of the processor (which other programs do not lengthen), calls and
     samples by (role, with gradient), and on a GPU gigabytes: the peak, and what of it is not there before the cycle
     (activations, gradients)."""
@@ -264,15 +265,15 @@ def work(samples: Counter, checkpointing: bool) -> float:
     return sum(n * (1 if not with_grad else 4 if checkpointing else 3) for (_, with_grad), n in samples.items())
 
 
-def total(rows: List[Dict[str, Any]], key: str) -> Counter:
+def total(rows: list[dict[str, Any]], key: str) -> Counter:
     return sum((row[key] for row in rows), Counter())
 
 
-def spread(values: Sequence[float]) -> Dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     return dict(median=statistics.median(values), low=min(values), high=max(values))
 
 
-def largest_difference(networks: Dict[str, nn.Module], others: Dict[str, nn.Module]) -> float:
+def largest_difference(networks: dict[str, nn.Module], others: dict[str, nn.Module]) -> float:
     """Largest difference between the trained weights of two sets of networks, relative to the largest weight."""
     pairs = [(a, b) for role in LEARNING_RATES
              for a, b in zip(networks[role].parameters(), others[role].parameters())]
@@ -280,8 +281,8 @@ def largest_difference(networks: Dict[str, nn.Module], others: Dict[str, nn.Modu
         return (max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs)).item()
 
 
-def compare(network: Dict[str, Any], tokens: int, batch: int, cycles: int, *, seed: int = 0, dtype: str = 'float32',
-            checkpointing: bool = False, device: str = 'cpu', shared: bool = False, warmup: int = 1) -> Dict[str, Any]:
+def compare(network: dict[str, Any], tokens: int, batch: int, cycles: int, *, seed: int = 0, dtype: str = 'float32',
+            checkpointing: bool = False, device: str = 'cpu', shared: bool = False, warmup: int = 1) -> dict[str, Any]:
     """Runs the literal and the optimised loop alternately.
 
     Args:
@@ -307,7 +308,7 @@ def compare(network: Dict[str, Any], tokens: int, batch: int, cycles: int, *, se
     loops = dict(literal=LiteralLoop(method, fields, optimizers, autocast, shared),
                  optimised=OptimisedLoop(method, fields, optimizers))
     start = None if shared else copy.deepcopy(loops['literal'].networks)
-    rows: Dict[str, List[Dict[str, Any]]] = {name: [] for name in loops}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in loops}
     for cycle in range(warmup + cycles):
         for name, loop in loops.items():
             row = timed_cycle(loop, cycle)
@@ -325,11 +326,11 @@ def compare(network: Dict[str, Any], tokens: int, batch: int, cycles: int, *, se
             moved=largest_difference(start, loops['optimised'].networks)))
 
 
-def named(counts: Counter) -> Dict[str, int]:
+def named(counts: Counter) -> dict[str, int]:
     return {f'{role}, {"with" if with_grad else "no"} gradient': n for (role, with_grad), n in sorted(counts.items())}
 
 
-def report(result: Dict[str, Any]) -> None:
+def report(result: dict[str, Any]) -> None:
     """Prints what `compare` measured."""
     rows = result['rows']
     calls, samples = ({name: named(total(rs, key)) for name, rs in rows.items()} for key in ('calls', 'samples'))
@@ -374,17 +375,16 @@ def compile_blocks(method: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for role in ROLES:
         network = getattr(method, role)
-        if not network._repeated_blocks:  # diffusers names none for SD3
-            network._repeated_blocks = ['JointTransformerBlock']
+        network._repeated_blocks = list(method.backbone.repeated_blocks)  # diffusers names none for some
         network.compile_repeated_blocks(dynamic=True)
 
 
 SETTINGS = ('checkpointing', 'autocast', 'fused', 'compile')
 
 
-def sweep(network: Dict[str, Any], tokens: int, batch: int, cycles: int, *, seed: int = 0, dtype: str = 'float32',
+def sweep(network: dict[str, Any], tokens: int, batch: int, cycles: int, *, seed: int = 0, dtype: str = 'float32',
           checkpointing: bool = False, device: str = 'cpu',
-          settings: Sequence[str] = SETTINGS) -> List[Dict[str, Any]]:
+          settings: Sequence[str] = SETTINGS) -> list[dict[str, Any]]:
     """The optimised loop with one setting changed, against the loop as given, alternately, on the same weights.
 
     Args:
@@ -407,7 +407,7 @@ def sweep(network: Dict[str, Any], tokens: int, batch: int, cycles: int, *, seed
         autocast='optim_wrapper.*: no autocast' if autocast else "optim_wrapper.*.type='AmpOptimWrapper', bfloat16",
         fused='optim_wrapper.*.optimizer.fused=True', compile='torch.compile of the repeated blocks')
 
-    def variant(name: str) -> Tuple[OptimisedLoop, Callable, Callable]:
+    def variant(name: str) -> tuple[OptimisedLoop, Callable, Callable]:
         """The changed loop, and the contexts of the default's and of its own cycles."""
         if name == 'checkpointing':
             return default, eager, lambda: checkpointing_set(method, not checkpointing)
@@ -450,7 +450,7 @@ def sweep(network: Dict[str, Any], tokens: int, batch: int, cycles: int, *, seed
     return table
 
 
-def report_sweep(table: List[Dict[str, Any]]) -> None:
+def report_sweep(table: list[dict[str, Any]]) -> None:
     """Prints the table of `sweep`."""
     print(f'{"one setting changed":<51}{"s a cycle":>11}{"default":>9}{"changed / default":>26}{"activations, GB":>18}')
     for row in table:
@@ -466,7 +466,7 @@ def report_sweep(table: List[Dict[str, Any]]) -> None:
             print(f'{"":<51}  the first cycle took {row["first_cycle_s"]:.0f} s')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', choices=CONFIGS, default='tiny')
     parser.add_argument('--sweep', action='store_true', help='single config keys against the default')

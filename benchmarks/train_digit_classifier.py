@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cdm_plugin.evaluation import DigitClassifier, class_accuracy, pixels_to_images
+from cdm_plugin.metrics import DigitClassifier, class_accuracy, pixels_to_images
 
 ASSETS = Path(__file__).parents[1] / 'cdm_plugin/assets/digits'
 NUM_TRAIN = 9000

@@ -1,13 +1,32 @@
 """Codecs: between images in [-1, 1] and the latents that the networks see."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.utils.checkpoint import checkpoint
 
-from cdm_plugin.conditioners import absolute_folder, check_dtype, check_load_keys, origin
+from cdm_plugin.arguments import Count
+from cdm_plugin.pretrained import absolute_folder, check_dtype, check_load_keys, check_weight_indexes, origin
+
+
+def crop_latents(latents: Tensor, place: Tensor, side: int) -> Tensor:
+    """A square of each sample's latents.
+
+    Args:
+        latents (Tensor): (B, C, h, w).
+        place (Tensor): Where the squares lie, (B, 2) in [0, 1): of the rows and columns that are possible.
+        side (int): Latents of the square's side; no more than there are.
+
+    Returns:
+        Tensor: (B, C, side, side) at most.
+    """
+    side_h, side_w = (min(side, n) for n in latents.shape[-2:])
+    free = place.new_tensor([latents.shape[-2] - side_h + 1, latents.shape[-1] - side_w + 1])
+    corners = (place * free).long().tolist()
+    return torch.stack([x[:, top:top + side_h, left:left + side_w] for x, (top, left) in zip(latents, corners)])
 
 
 class Codec(nn.Module):
@@ -15,24 +34,32 @@ class Codec(nn.Module):
 
     Attributes:
         scale (int): Pixels of a latent's side.
+        light (bool): Whether building it reads no weights; `cdm doctor` then builds it. Default False.
     """
+    config_key = 'model.backbone.codec'
     scale: int = 1
+    light = False
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3 or 1, H, W) in [-1, 1] to latents (B, C, H / scale, W / scale)."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images in [-1, 1], (B, 3 or 1, h scale, w scale)."""
+        """Latents (B, C, h, w) to images in [-1, 1], (B, 3 or 1, h scale, w scale). Gradients pass through."""
         raise NotImplementedError
 
-    def latent_size(self, height: int, width: int) -> Tuple[int, int]:
+    def decode_recomputed(self, latents: Tensor) -> Tensor:
+        """`decode` for a loss: one image at a time, whose activations are not kept but computed anew in backward. With
+        `crop_latents` before it, a large image costs the memory of a small one."""
+        return torch.cat([checkpoint(self.decode, one, use_reentrant=False) for one in latents.split(1)])
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latents of an image size in pixels."""
         if height % self.scale or width % self.scale:
-            raise ValueError(f'image size {height}x{width} (model.image_size) must be divisible by {self.scale}')
+            raise ValueError(f'image size {height}x{width} must be divisible by {self.scale}')
         return height // self.scale, width // self.scale
 
-    def to_config(self) -> Optional[Dict[str, Any]]:
+    def to_config(self) -> dict[str, Any] | None:
         """The config that rebuilds this codec, or None if that cannot be written down."""
         return None
 
@@ -44,8 +71,9 @@ class PixelCodec(Codec):
     Args:
         scale (int): Side of a block in pixels. Default 1.
     """
+    light = True
 
-    def __init__(self, scale: int = 1) -> None:
+    def __init__(self, scale: Count = 1) -> None:
         super().__init__()
         self.scale = scale
 
@@ -56,7 +84,7 @@ class PixelCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         return pixel_shuffle(latents, self.scale).clamp(-1, 1)
 
-    def to_config(self) -> Dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         return dict(type='PixelCodec', scale=self.scale)
 
 
@@ -70,31 +98,47 @@ class VAECodec(Codec):
         dtype (str): Weights' dtype. Default 'float32'.
         **load_kwargs: Passed to `from_pretrained` (`revision`, `variant`, ...).
     """
+    vae_class: type = AutoencoderKL
 
     def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', **load_kwargs: Any) -> None:
         super().__init__()
         check_load_keys(load_kwargs, 'model.backbone.codec', type(self))
-        self.vae = AutoencoderKL.from_pretrained(
-            pretrained, subfolder=subfolder, dtype=check_dtype(dtype, 'model.backbone.codec.dtype'),
-            **load_kwargs)
+        check_weight_indexes(pretrained)
+        self.vae = self.load_vae(pretrained, subfolder, check_dtype(dtype, 'model.backbone.codec.dtype'),
+                                 **load_kwargs)
         self.vae.requires_grad_(False).eval()
         self.vae.enable_slicing()  # one image at a time: a batch at full size takes tens of gigabytes
-        self.scale = 2**(len(self.vae.config.block_out_channels) - 1)
-        self._config = dict(type='VAECodec', pretrained=absolute_folder(pretrained), subfolder=subfolder, dtype=dtype,
-                            **origin(load_kwargs))
-        self.shift, self.factor = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+        self.read_config(self.vae.config)
+        self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), subfolder=subfolder,
+                            dtype=dtype, **origin(load_kwargs))
 
-    def to_config(self) -> Dict[str, Any]:
+    def read_config(self, config: Any) -> None:
+        """Sets `scale`, and `shift` and `factor`, numbers or (C, 1, 1): latents are (mode - shift) factor."""
+        self.scale = 2**(len(config.block_out_channels) - 1)
+        self.shift, self.factor = config.shift_factor or 0.0, config.scaling_factor
+
+    def load_vae(self, pretrained: str, subfolder: str, dtype: torch.dtype, **load_kwargs: Any) -> nn.Module:
+        """The autoencoder with its weights."""
+        return self.vae_class.from_pretrained(pretrained, subfolder=subfolder, dtype=dtype, **load_kwargs)
+
+    def to_config(self) -> dict[str, Any]:
         return self._config
+
+    def run_encoder(self, images: Tensor) -> Tensor:
+        """The autoencoder's mode of images."""
+        return self.vae.encode(images).latent_dist.mode()
+
+    def run_decoder(self, latents: Tensor) -> Tensor:
+        """The autoencoder's images of latents."""
+        return self.vae.decode(latents, return_dict=False)[0]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encodes to the posterior's mode, which needs no random number."""
         self.latent_size(*images.shape[-2:])
-        mode = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode()
+        mode = self.run_encoder(images.to(self.vae.dtype))
         return (mode.float() - self.shift) * self.factor
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.factor + self.shift
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+        return self.run_decoder(latents.to(self.vae.dtype)).float().clamp(-1, 1)

@@ -6,11 +6,15 @@ cannot hang on unequal rollouts, and a test can inject its own draws.
 
 Each quantity has a stream of its own, keyed by its name: adding a loss to a recipe changes no other draw.
 """
+import contextlib
 import dataclasses
 import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -52,7 +56,7 @@ class DrawContext:
     generator: Generator
     anchor_sigma: Tensor
     draw_grid: Callable[[Generator], Tensor]
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
 
     def sigma(self, sampler: Callable) -> Tensor:
         """One noise level a sample from a sigma sampler, (B,)."""
@@ -85,9 +89,9 @@ class Draws(_Movable):
     noise: Tensor
     fake_sigma: Tensor
     fake_noise: Tensor
-    losses: Dict[str, Dict[str, Tensor]] = field(default_factory=dict)
-    order: Optional[Tensor] = None
-    moving: Optional[Tuple[int, ...]] = None
+    losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    order: Tensor | None = None
+    moving: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.moving is None:
@@ -102,7 +106,7 @@ class Draws(_Movable):
         return self.sigmas[self.anchor]
 
     @classmethod
-    def sample(cls, *, seed: int, rank: int, iteration: int, shape: Tuple[int, ...], time_grid, fake_sigma: Callable,
+    def sample(cls, *, seed: int, rank: int, iteration: int, shape: tuple[int, ...], time_grid, fake_sigma: Callable,
                losses: Mapping[str, Any], shift: Callable[[Tensor], Tensor], world_size: int = 1,
                fake_steps: int = 1) -> 'Draws':
         """Draws one iteration.
@@ -158,10 +162,23 @@ class FlowMatchingDraws(_Movable):
     drop: Tensor
 
     @classmethod
-    def sample(cls, *, seed: int, rank: int, iteration: int, shape: Tuple[int, ...], sigma: Callable,
+    def sample(cls, *, seed: int, rank: int, iteration: int, shape: tuple[int, ...], sigma: Callable,
                drop_rate: float, shift: Callable[[Tensor], Tensor]) -> 'FlowMatchingDraws':
         """Draws one iteration; arguments as in `Draws.sample`, `sigma` is a sigma sampler, `drop_rate` in [0, 1]."""
         generator = stream(seed, rank, iteration, 'flow_matching')
         context = DrawContext(generator, torch.ones(shape[0], dtype=torch.float64), lambda g: torch.ones(1), shape)
         return cls(sigma=shift(context.sigma(sigma)), noise=context.noise(),
                    drop=torch.rand(shape[0], generator=generator) < drop_rate)
+
+
+@contextlib.contextmanager
+def randomness_kept() -> Iterator[None]:
+    """Random numbers go on after it as if nothing had been drawn inside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,7 +1,8 @@
 """Mathematics of the straight path, as pure functions.
 
 A network predicts the velocity v = noise - x0 of the path x_sigma = (1 - sigma) x0 + sigma noise, where sigma in
-[0, 1] is the noise level: 1 is pure noise, 0 is clean (Lipman et al. 2023; arXiv 2605.06376, section 2).
+[0, 1] is the noise level: 1 is pure noise, 0 is clean (Lipman et al. 2023). docs/paper.md leads
+here from the papers' equations.
 
 All arithmetic runs in float32 whatever the networks run in; float64 stays float64.
 """
@@ -81,3 +82,18 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
         Tensor: Shifted noise levels, same shape.
     """
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def stretch_sigmas(sigmas: Tensor, last: float) -> Tensor:
+    """Stretches a list of noise levels towards its end, which becomes `last`; 1 stays 1.
+
+    What diffusers' schedulers do with `shift_terminal`. The list that is 1 alone stays as it is.
+
+    Args:
+        sigmas (Tensor): Noise levels, descending from 1, (N,).
+        last (float): The level that it shall end at, in (0, 1).
+
+    Returns:
+        Tensor: (N,).
+    """
+    return sigmas if len(sigmas) == 1 else 1 - (1 - sigmas) * (1 - last) / (1 - sigmas[-1])

@@ -17,10 +17,9 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 # MMEngine's own classes have to be registered before a plug-in's are told apart from them.
 import mmengine.runner  # noqa: F401
@@ -28,18 +27,18 @@ import pluggy
 from mmengine import registry as root
 
 from cdm_plugin import hookspecs
+from cdm_plugin.arguments import guard
 from cdm_plugin.hookspecs import PROJECT, hookimpl
 
 __all__ = ['PARTS', 'PluginInfo', 'format_table', 'hookimpl', 'load', 'loaded', 'manager']
 
-GROUP = PROJECT
 OWN = 'cdm-plugin'  # this distribution's name, normalised
 DISABLE = 'CDM_DISABLE_PLUGINS'
 INSTALL = '`pip install -e .` (or `pip install .`) in a checkout'
 
 # The same list, in the same order, as in setup.py: setuptools sorts the entry points that it writes.
 PARTS = ('time_grids', 'sigma_samplers', 'losses', 'conditioners', 'codecs', 'backbones', 'methods', 'data', 'engine',
-         'evaluation', 'hooks')
+         'metrics', 'hooks')
 
 
 @dataclass(frozen=True)
@@ -53,50 +52,29 @@ class PluginInfo:
         entry_point (str): Name of the entry point.
         module (str): Module that the entry point names.
         location (str): File of the module; the folder of the distribution's metadata where it was not imported.
-        status (str): 'loaded', 'failed' or 'disabled'.
+        status (str): 'loaded', 'failed', 'disabled', or 'waiting' while the import of its module is not finished.
         error (str): Why it failed, otherwise empty.
         registered (tuple[str, ...]): What it added to MMEngine's root registries, as 'MODELS.CDM'. A plug-in that
             failed half-way lists what it had added until then, and leaves it there.
     """
-
     name: str
     distribution: str
     version: str
     entry_point: str
     module: str
     location: str
-    status: str
+    status: str = 'waiting'
     error: str = ''
     registered: tuple[str, ...] = ()
 
 
-class _Entry(NamedTuple):
-    """An entry point and the distribution that it was found in."""
-
-    point: metadata.EntryPoint
-    distribution: str
-    version: str
-    folder: str
-
-    @property
-    def key(self) -> str:
-        return f'{self.distribution}:{self.point.name}'
-
-    @property
-    def module(self) -> str:
-        return self.point.value.partition(':')[0].strip()
-
-    @property
-    def is_own(self) -> bool:
-        return _normalise(self.distribution) == OWN
-
-
 class _Manager(pluggy.PluginManager):
-    """pluggy's manager; before hooks are called, it takes in the plug-ins whose import was not finished at `load`."""
+    """pluggy's manager. A plug-in that somebody imported first, and that imports cdm_plugin, has no hooks yet when
+    `load` meets it: such ones are taken in before hooks are called."""
 
     @property
     def hook(self) -> pluggy.HookRelay:
-        if _waiting:
+        if _infos:
             _load_waiting()
         return self._relay
 
@@ -106,14 +84,13 @@ class _Manager(pluggy.PluginManager):
 
 
 def _make_manager() -> pluggy.PluginManager:
-    made = _Manager(GROUP)
+    made = _Manager(PROJECT)
     made.add_hookspecs(hookspecs)
     return made
 
 
 _infos: dict[str, PluginInfo] = {}
-# Plug-ins that somebody imported before cdm_plugin, and that import it themselves: their hooks do not exist yet.
-_waiting: dict[str, _Entry] = {}
+_points: dict[str, metadata.EntryPoint] = {}
 manager = _make_manager()
 
 
@@ -126,14 +103,16 @@ def load() -> None:
     Raises:
         ImportError: One of the package's own parts cannot be imported, or the package is not installed.
     """
-    entries = _find_entries()
-    own = {entry.point.name: entry for entry in entries if entry.is_own}
-    _check_parts_declared(own)
-    for part in PARTS:
-        _load_own(own[part])
-    failures = [info for entry in entries if not entry.is_own if (info := _load_outside(entry)) is not None]
-    for info in failures:  # last, so that turning warnings into errors leaves no plug-in unloaded
-        _warn(info)
+    found = _find()
+    own = [info for info in found if _is_own(info)]
+    _check_parts({info.entry_point for info in own})
+    off = os.environ.get(DISABLE, '') not in ('', '0')
+    for info in [*sorted(own, key=lambda info: PARTS.index(info.entry_point)),
+                 *(info for info in found if not _is_own(info))]:
+        known = _infos.setdefault(info.name, info)
+        if not _is_own(info) and known.status in ('waiting', 'disabled'):
+            _infos[info.name] = replace(known, status='disabled' if off else 'waiting')
+    _load_waiting()
 
 
 def loaded() -> list[PluginInfo]:
@@ -148,122 +127,96 @@ def format_table(infos: Iterable[PluginInfo]) -> str:
     heads = [('plug-in', 'version', 'status')] + [(info.name, info.version, info.status) for info in infos]
     widths = [max(map(len, column)) for column in zip(*heads)]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(head, widths)).rstrip() for head in heads]
-    blocks = [lines[0]] + [line + _details(info) for line, info in zip(lines[1:], infos)]
-    return '\n'.join(blocks)
+    details = ['', *map(_details, infos)]
+    return '\n'.join(line + detail for line, detail in zip(lines, details))
 
 
 def _details(info: PluginInfo) -> str:
     """The indented lines below a plug-in's name."""
     texts = dict(module=f'{info.module} in {info.location}', adds=', '.join(info.registered), error=info.error)
-    return ''.join('\n' + _wrap(label, text) for label, text in texts.items() if text)
+    return ''.join('\n' + textwrap.fill(text, width=100, initial_indent=f'    {label:<7}', subsequent_indent=' ' * 11,
+                                        break_long_words=False, break_on_hyphens=False)
+                   for label, text in texts.items() if text)
 
 
-def _wrap(label: str, text: str) -> str:
-    return textwrap.fill(text, width=100, initial_indent=f'    {label:<7}', subsequent_indent=' ' * 11,
-                         break_long_words=False, break_on_hyphens=False)
-
-
-def _find_entries() -> list[_Entry]:
-    """The group's entry points, each distribution once.
-
-    An editable checkout has two copies of its metadata, installed and egg-info. As for modules, the first on
-    `sys.path` counts.
-    """
-    seen, entries = set(), []
-    for found in metadata.distributions():
-        if f'[{GROUP}]' not in (found.read_text('entry_points.txt') or ''):
+def _find() -> list[PluginInfo]:
+    """The group's entry points, each distribution once: an editable checkout has two copies of its metadata, installed
+    and egg-info. As for modules, the first on `sys.path` counts."""
+    seen, found = set(), []
+    for place in metadata.distributions():
+        if f'[{PROJECT}]' not in (place.read_text('entry_points.txt') or ''):
             continue
-        name, version = found.metadata['Name'] or 'unknown', found.metadata['Version'] or ''
+        name, version = place.metadata['Name'] or 'unknown', place.metadata['Version'] or ''
         if _normalise(name) in seen:
             continue
         seen.add(_normalise(name))
-        folder = str(Path(found.locate_file('')).resolve())
-        entries += [_Entry(point, name, version, folder) for point in found.entry_points if point.group == GROUP]
-    return entries
+        for point in place.entry_points.select(group=PROJECT):
+            key, module = f'{name}:{point.name}', point.value.partition(':')[0].strip()
+            _points[key] = point
+            found.append(PluginInfo(key, name, version, point.name, module, str(Path(place.locate_file('')).resolve())))
+    return found
 
 
-def _check_parts_declared(own: dict[str, _Entry]) -> None:
-    stale = [part for part in (*PARTS, *own) if part not in own or part not in PARTS]
+def _check_parts(own: set[str]) -> None:
     if not own:
         raise ImportError(f'cdm_plugin is imported from {Path(__file__).parent} but is not installed: no distribution '
                           f'declares its parts. Install it with {INSTALL}.')
-    if stale:
+    if own != set(PARTS):
         raise ImportError(f'the code in {Path(__file__).parent} and the installed metadata of cdm_plugin differ in '
-                          f'version, to judge by its parts ({", ".join(stale)}). Install it again with {INSTALL}.')
-
-
-def _load_own(entry: _Entry) -> None:
-    if entry.key in _infos or _is_being_imported(entry.module):
-        return
-    info, error = _load_entry(entry)
-    if error is not None:
-        raise ImportError(f'cdm_plugin cannot load its own part {entry.point.name!r} ({entry.module}): {info.error}. '
-                          f'If something is missing, install it again with {INSTALL}.') from error
-    _infos[entry.key] = info
-
-
-def _load_outside(entry: _Entry) -> PluginInfo | None:
-    """Load the plug-in of another distribution if it is due; what failed is returned."""
-    known = _infos.get(entry.key)
-    if known is not None and known.status != 'disabled':
-        return None
-    if os.environ.get(DISABLE, '') not in ('', '0'):
-        _infos[entry.key] = _info(entry, 'disabled')
-        return None
-    if _is_being_imported(entry.module):
-        _waiting[entry.key] = entry
-        return None
-    _infos[entry.key], error = _load_entry(entry)
-    return None if error is None else _infos[entry.key]
+                          f'version, to judge by its parts ({", ".join(sorted(own ^ set(PARTS)))}). Install it again '
+                          f'with {INSTALL}.')
 
 
 def _load_waiting() -> None:
-    for key, entry in list(_waiting.items()):
-        if not _is_being_imported(entry.module) and _waiting.pop(key, None) and (failed := _load_outside(entry)):
-            _warn(failed)
+    """Load what waits, but for modules whose import has begun elsewhere and not ended."""
+    if any(info.status == 'loading' for info in _infos.values()):  # pluggy, or a plug-in while it is imported, asks
+        return
+    failed = []
+    for name in list(_infos):
+        info = _infos[name]
+        importing = getattr(getattr(sys.modules.get(info.module), '__spec__', None), '_initializing', False)
+        if info.status == 'waiting' and not importing:
+            _infos[name] = replace(info, status='loading')
+            try:
+                _infos[name] = _load(info)
+            except BaseException:
+                _infos[name] = info
+                raise
+            failed += [_infos[name]] if _infos[name].error else []
+    for info in failed:  # last, so that turning warnings into errors leaves no plug-in unloaded
+        warnings.warn(f'the plug-in {info.entry_point!r} ({info.module}) of the distribution {info.distribution!r} '
+                      f'failed and is left out: {info.error}', RuntimeWarning, stacklevel=3)
 
 
-def _warn(info: PluginInfo) -> None:
-    warnings.warn(f'the plug-in {info.entry_point!r} ({info.module}) of the distribution {info.distribution!r} '
-                  f'failed and is left out: {info.error}', RuntimeWarning, stacklevel=3)
-
-
-def _load_entry(entry: _Entry) -> tuple[PluginInfo, BaseException | None]:
+def _load(info: PluginInfo) -> PluginInfo:
     """Import an entry point and register it with pluggy."""
-    before = _registered()
-    error = None
+    before, status, error = _registered(), 'loaded', ''
     try:
-        _register(entry.key, entry.point.load())
+        _register(info.name, _points[info.name].load())
     except (Exception, SystemExit) as caught:  # a module that exits must not end the training that did not ask for it
-        error = caught
+        status, error = 'failed', ' '.join(f'{type(caught).__name__}: {caught}'.split())
+        if _is_own(info):
+            raise ImportError(f'cdm_plugin cannot load its own part {info.entry_point!r} ({info.module}): {error}. If '
+                              f'something is missing, install it again with {INSTALL}.') from caught
     # What the module itself defines is counted even if somebody had imported the module before.
     added = tuple(sorted(name for name, module in _registered().items()
-                         if name not in before or f'{module}.'.startswith(f'{entry.module}.')))
-    status, text = ('loaded', '') if error is None else ('failed', f'{type(error).__name__}: {error}')
-    return _info(entry, status, text, added), error
+                         if name not in before or f'{module}.'.startswith(f'{info.module}.')))
+    for name in added:
+        registry, _, key = name.partition('.')
+        guard(getattr(root, registry).module_dict[key], info.module.split('.')[0])
+    location = getattr(sys.modules.get(info.module), '__file__', None) or info.location
+    return replace(info, location=location, status=status, error=error, registered=added)
 
 
-def _register(key: str, plugin: object) -> None:
+def _register(name: str, plugin: object) -> None:
     """Hand a plug-in to pluggy, which checks names and arguments of its hooks."""
     try:
-        manager.register(plugin, name=key)
+        manager.register(plugin, name=name)
         manager.check_pending()
     except pluggy.PluginValidationError:
-        if manager.has_plugin(key):  # depends on pluggy's version
-            manager.unregister(name=key)
+        if manager.has_plugin(name):  # depends on pluggy's version
+            manager.unregister(name=name)
         raise
-
-
-def _info(entry: _Entry, status: str, error: str = '', registered: tuple[str, ...] = ()) -> PluginInfo:
-    location = getattr(sys.modules.get(entry.module), '__file__', None) or entry.folder
-    return PluginInfo(entry.key, entry.distribution, entry.version, entry.point.name, entry.module, location, status,
-                      ' '.join(error.split()), registered)
-
-
-def _is_being_imported(module: str) -> bool:
-    """Whether the import of a module has begun and not ended."""
-    spec = getattr(sys.modules.get(module), '__spec__', None)
-    return getattr(spec, '_initializing', False)
 
 
 def _registered() -> dict[str, str]:
@@ -271,6 +224,10 @@ def _registered() -> dict[str, str]:
     registries = {name: value for name, value in vars(root).items() if isinstance(value, root.Registry)}
     return {f'{name}.{key}': getattr(value, '__module__', '')
             for name, registry in registries.items() for key, value in registry.module_dict.items()}
+
+
+def _is_own(info: PluginInfo) -> bool:
+    return _normalise(info.distribution) == OWN
 
 
 def _normalise(distribution: str) -> str:

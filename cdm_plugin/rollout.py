@@ -1,6 +1,7 @@
-"""Backward simulation: from noise down the time grid to each sample's anchor, with the student, without gradient."""
+"""Backward simulation: from noise down the time grid to each sample's anchor, with the student, without gradient
+(DMD2, arXiv 2405.14867, section 4.5)."""
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Prediction:
 
 
 @torch.no_grad()
-def rollout(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], draws) -> Tuple[Tensor, Tensor]:
+def rollout(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], draws) -> tuple[Tensor, Tensor]:
     """Euler steps from noise to the anchors.
 
     A sample leaves the batch as soon as it has reached its anchor: what comes after is never used. The number of

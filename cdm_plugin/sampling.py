@@ -1,5 +1,5 @@
-"""Inference: Euler steps from noise to clean latents."""
-from typing import Callable
+"""Inference: levels, and Euler steps from noise to clean latents."""
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,3 +25,9 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, si
         sigma, next_sigma = sigma.expand(len(x)), next_sigma.expand(len(x))
         x = extrapolate(x, velocity(x, sigma), sigma, next_sigma)
     return x
+
+def step_sigmas(steps: int) -> Tensor:
+    """The usual levels of `steps` steps before the scheduler's shift: 1, 1 - 1/steps, ..., 1/steps."""
+    if steps < 1:
+        raise ValueError(f'steps must be 1 or more, but is {steps}')
+    return torch.linspace(1, 1 / steps, steps, dtype=torch.float64)

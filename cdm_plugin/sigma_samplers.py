@@ -3,11 +3,13 @@
 Each is called with the generator, the anchors' levels and a function that draws one (shifted) time grid; it uses
 what its law depends on.
 """
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from mmengine.registry import TASK_UTILS
 from torch import Generator, Tensor
+
+from cdm_plugin.arguments import Positive, Share
 
 DrawGrid = Callable[[Generator], Tensor]
 
@@ -20,8 +22,8 @@ class SigmaSampler:
         high (float): Largest noise level. Default 0.98.
     """
 
-    def __init__(self, low: float = 0.02, high: float = 0.98) -> None:
-        if not 0 <= low < high <= 1:
+    def __init__(self, low: Share = 0.02, high: Share = 0.98) -> None:
+        if low >= high:
             raise ValueError(f'{type(self).__name__} needs 0 <= low < high <= 1, but has low={low} and high={high}')
         self.low, self.high = low, high
 
@@ -53,7 +55,8 @@ class UniformSigma(SigmaSampler):
 
 @TASK_UTILS.register_module()
 class CappedUniformSigma(SigmaSampler):
-    """sigma ~ U(0, sigma_n): never noisier than the sample's own anchor. The published law of CA."""
+    """sigma ~ U(0, sigma_n): never noisier than the sample's own anchor. The published law of CA (arXiv 2511.22677,
+    section 4.1)."""
 
     def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
         return anchor_sigma.double() * torch.rand(len(anchor_sigma), generator=generator, dtype=torch.float64)
@@ -70,10 +73,8 @@ class LogitNormalSigma(SigmaSampler):
         high (float): Largest noise level. Default 0.98.
     """
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, low: float = 0.02, high: float = 0.98) -> None:
+    def __init__(self, mean: float = 0.0, std: Positive = 1.0, low: Share = 0.02, high: Share = 0.98) -> None:
         super().__init__(low, high)
-        if std <= 0:
-            raise ValueError(f'LogitNormalSigma needs std > 0, but has std={std}')
         self.mean, self.std = mean, std
 
     def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
@@ -89,7 +90,7 @@ class AnchorSigma(SigmaSampler):
     default (an anchor may sit at pure noise, sigma = 1).
     """
 
-    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+    def __init__(self, low: Share = 0.0, high: Share = 1.0) -> None:
         super().__init__(low, high)
 
     def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:

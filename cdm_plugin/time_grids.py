@@ -3,11 +3,13 @@
 A grid is a descending tensor of N noise levels that starts at 1 (pure noise), before the scheduler's shift. Every
 level of it can be an anchor.
 """
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from mmengine.registry import TASK_UTILS
 from torch import Generator, Tensor
+
+from cdm_plugin.arguments import Count, Share
 
 
 def check_sigmas(sigmas: Sequence[float], key: str) -> Tensor:
@@ -46,11 +48,12 @@ class FixedTimeGrid:
         sigmas (Sequence[float], optional): Levels before the scheduler's shift, descending from 1. Default: the
             method's `sample_sigmas`, the levels of inference.
     """
+    config_key = 'model.time_grid'
 
     def __init__(self, sigmas: Sequence[float]) -> None:
         self.sigmas = check_sigmas(sigmas, 'model.time_grid.sigmas')
 
-    def sample(self, generator: Optional[Generator] = None) -> Tensor:
+    def sample(self, generator: Generator | None = None) -> Tensor:
         """Returns the levels, (N,) float64."""
         return self.sigmas.clone()
 
@@ -66,16 +69,17 @@ class DynamicTimeGrid:
         low (float): Lower end of the levels in [0, 1]. Default 0.25.
         high (float): Upper end of the levels in [0, 1]. Default 0.95.
     """
+    config_key = 'model.time_grid'
 
-    def __init__(self, max_steps: int = 28, min_steps: int = 1, low: float = 0.25, high: float = 0.95) -> None:
-        if not (isinstance(min_steps, int) and isinstance(max_steps, int) and 1 <= min_steps <= max_steps):
-            raise ValueError('model.time_grid needs whole numbers 1 <= min_steps <= max_steps, '
+    def __init__(self, max_steps: Count = 28, min_steps: Count = 1, low: Share = 0.25, high: Share = 0.95) -> None:
+        if min_steps > max_steps:
+            raise ValueError('model.time_grid needs min_steps <= max_steps, '
                              f'but has min_steps={min_steps} and max_steps={max_steps}')
-        if not 0 < low <= high <= 1:
+        if not 0 < low <= high:
             raise ValueError(f'model.time_grid needs 0 < low <= high <= 1, but has low={low} and high={high}')
         self.min_steps, self.max_steps, self.low, self.high = min_steps, max_steps, low, high
 
-    def sample(self, generator: Optional[Generator] = None) -> Tensor:
+    def sample(self, generator: Generator | None = None) -> Tensor:
         """Draws one grid, (N,) float64."""
         steps = int(torch.randint(self.min_steps, self.max_steps + 1, (), generator=generator))
         inner = torch.rand(steps - 1, generator=generator, dtype=torch.float64)

@@ -1,13 +1,14 @@
 import logging
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from cdm_plugin.arguments import Count
 from cdm_plugin.export import check_export, export
-from cdm_plugin.hooks.cdm_hook import method_of
+from cdm_plugin.hooks.method import method_of
 
 
 @HOOKS.register_module()
@@ -31,10 +32,8 @@ class PipelineExportHook(Hook):
     """
     priority = 'LOWEST'  # after CheckpointHook
 
-    def __init__(self, out_dir: Optional[str] = None, interval: Optional[int] = None, ema: bool = True,
-                 dtype: Optional[str] = None, fuse: bool = False, prompts: Optional[List] = None) -> None:
-        if interval is not None and interval < 1:
-            raise ValueError(f'PipelineExportHook.interval must be 1 or more, or None, but is {interval}')
+    def __init__(self, out_dir: str | None = None, interval: Count | None = None, ema: bool = True,
+                 dtype: str | None = None, fuse: bool = False, prompts: list | None = None) -> None:
         self.out_dir, self.interval, self.ema = out_dir, interval, ema
         self.dtype, self.fuse, self.prompts = dtype, fuse, prompts
 

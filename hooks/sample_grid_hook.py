@@ -1,4 +1,5 @@
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
@@ -7,17 +8,21 @@ from mmengine.registry import HOOKS
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from cdm_plugin.arguments import Count
 from cdm_plugin.condition import Condition
 from cdm_plugin.draws import stream
-from cdm_plugin.hooks.cdm_hook import method_of
-from cdm_plugin.images import labelled_grid
+from cdm_plugin.hooks.method import method_of
 from cdm_plugin.inference import step_sigmas
 from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.sheets import labelled_grid
+
+LABELS = dict(fake='fake score')
 
 
 @HOOKS.register_module()
 class SampleGridHook(Hook):
-    """Draws what every role makes of the same noise: student, its EMA, teacher and fake score, one row each.
+    """Draws what every role makes of the same noise: student, its EMA, teacher and fake score, one row each. (A trained
+    role whose network is of another kind than the student's, such as a discriminator, makes no images.)
 
     A run that collapses shows it here first; the losses may look healthy. Every rank draws, because a sharded network
     needs them all, and the first one writes.
@@ -37,19 +42,16 @@ class SampleGridHook(Hook):
     """
     priority = 'LOW'
 
-    def __init__(self, interval: int = 200, num_images: int = 8, prompts: Optional[List] = None,
-                 guidance_scale: Optional[float] = None, teacher_steps: int = 28, seed: int = 0,
-                 steps: Sequence[int] = ()) -> None:
-        if interval < 1 or num_images < 1 or teacher_steps < 1:
-            raise ValueError('SampleGridHook needs interval, num_images and teacher_steps of 1 or more, but has '
-                             f'{interval}, {num_images} and {teacher_steps}')
-        if any(not isinstance(n, int) or n < 1 for n in steps):
-            raise ValueError(f'SampleGridHook.steps must be whole numbers of 1 or more, but is {list(steps)}')
+    def __init__(self, interval: Count = 200, num_images: Count = 8, prompts: list | None = None,
+                 guidance_scale: float | None = None, teacher_steps: Count = 28, seed: int = 0,
+                 steps: Sequence[Count] = ()) -> None:
         self.interval, self.num_images, self.prompts = interval, num_images, prompts
         self.guidance_scale, self.teacher_steps, self.seed = guidance_scale, teacher_steps, seed
         self.steps = tuple(steps)
-        self._condition: Optional[Condition] = None
-        self._teacher_rows: Dict[int, Tensor] = {}
+        self._condition: Condition | None = None
+        self._teacher_rows: dict[int, Tensor] = {}
+        # The last grid, for hooks that judge it: when it was drawn, and its rows.
+        self.drawn: tuple[int, dict[str, Tensor]] | None = None
 
     def before_train(self, runner: Any) -> None:
         """The grid before the first iteration."""
@@ -62,18 +64,19 @@ class SampleGridHook(Hook):
 
     def _draw(self, runner: Any, step: int) -> None:
         grids = {'samples': self.rows(runner), **{f'samples_{n}_steps': self.rows(runner, n) for n in self.steps}}
+        self.drawn = step, grids['samples']
         if is_main_process():
             for name, rows in grids.items():
                 runner.visualizer.add_image(name, labelled_grid(rows), step=step)
 
     @torch.no_grad()
-    def rows(self, runner: Any, steps: Optional[int] = None) -> Dict[str, Tensor]:
+    def rows(self, runner: Any, steps: int | None = None) -> dict[str, Tensor]:
         """A grid's rows: name -> images in [-1, 1], (N, C, H, W).
 
         Args:
             runner (Runner): The runner.
-            steps (int, optional): Of student and EMA, and of a teacher row in place of the fake score's. Default: the
-                levels of `model.sample_sigmas`, with the fake score's row.
+            steps (int, optional): Of student and EMA, and of a teacher row in place of the other trained roles'.
+                Default: the levels of `model.sample_sigmas`, with their rows.
         """
         method = method_of(runner)
         condition = self._get_condition(runner, method)
@@ -89,9 +92,10 @@ class SampleGridHook(Hook):
         if steps is not None:
             rows[f'teacher, {label}'] = self._teacher_row(method, condition, noise, steps)
         rows[f'teacher, {self.teacher_steps} steps'] = self._teacher_row(method, condition, noise, self.teacher_steps)
-        if steps is None:
-            rows[f'fake score, {self.teacher_steps} steps'] = method.sample(
-                condition, noise, step_sigmas(self.teacher_steps), 'fake', anchor_sigma=float(method.shift(few)[-1]))
+        scores = [r for r in method.trained_roles if r in method.denoisers and r != method.main_role]
+        for role in scores if steps is None else ():
+            rows[f'{LABELS.get(role, role)}, {self.teacher_steps} steps'] = method.sample(
+                condition, noise, step_sigmas(self.teacher_steps), role, anchor_sigma=float(method.shift(few)[-1]))
         return rows
 
     def _teacher_row(self, method: DiffusionModel, condition: Condition, noise: Tensor, steps: int) -> Tensor:

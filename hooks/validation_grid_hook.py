@@ -1,4 +1,4 @@
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, is_main_process
@@ -6,7 +6,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor
 
-from cdm_plugin.images import labelled_grid
+from cdm_plugin.arguments import Count
+from cdm_plugin.sheets import labelled_grid
 
 COLUMNS = 8
 
@@ -22,11 +23,9 @@ class ValidationGridHook(Hook):
     """
     priority = 'LOW'
 
-    def __init__(self, num_images: int = 32) -> None:
-        if num_images < 1:
-            raise ValueError(f'ValidationGridHook.num_images must be 1 or more, but is {num_images}')
+    def __init__(self, num_images: Count = 32) -> None:
         self.num_images = num_images
-        self._images: List[Tuple[int, Tensor]] = []
+        self._images: list[tuple[int, Tensor]] = []
 
     def before_val_epoch(self, runner: Any) -> None:
         """Forgets the images of a validation that was broken off."""
@@ -48,7 +47,7 @@ class ValidationGridHook(Hook):
                                         step=runner.iter if training else 0)
 
     @staticmethod
-    def rows(images: Dict[int, Tensor]) -> Dict[str, Tensor]:
+    def rows(images: dict[int, Tensor]) -> dict[str, Tensor]:
         """The grid's rows, of images by index: 'first index - last index' -> (N, C, H, W)."""
         indices = sorted(images)
         parts = [indices[i:i + COLUMNS] for i in range(0, len(indices), COLUMNS)]

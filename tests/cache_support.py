@@ -6,10 +6,10 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, MODELS
+from tests_support import tiny_backbone
 
 from cdm_plugin.condition import Condition
 from cdm_plugin.conditioners import Conditioner
-from tests_support import tiny_backbone
 
 LENGTH = 8
 PROMPTS = ['a cat', 'dogs and birds', '一只猫 🐈 坐在窗台上', 'naïve café', ' '.join(['word'] * 2000), 'a fox',

@@ -1,16 +1,20 @@
 import copy
+import gc
+import os
 
 import pytest
+import recipes
 import torch
+from mmengine.registry import DefaultScope
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'gpu: needs a CUDA device')
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.parent.name != 'test_scale')  # the longest files first, so that none is last
+    # What starts processes comes first: it takes longest, and one forkserver has what all of it needs.
+    items.sort(key=lambda item: not hasattr(getattr(item, 'module', None), 'launch'))
     cuda = torch.cuda.is_available()
     for item in items:
         gpu = 'gpu' in item.keywords
@@ -18,6 +22,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
         elif cuda and not gpu and item.path.parent.name == 'test_scale':
             item.add_marker(pytest.mark.skip(reason='two processes on the CPU: set CUDA_VISIBLE_DEVICES= to run it'))
+    gc.collect()
+    gc.freeze()  # MMEngine's datasets collect garbage, which looks through all that was imported: a second each time
+
+
+@pytest.fixture(scope='session', autouse=True)
+def share_reports(tmp_path_factory):
+    """xdist's processes have folders side by side."""
+    own = tmp_path_factory.getbasetemp()
+    recipes.SHARED = own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
+
+
+@pytest.fixture(autouse=True)
+def leave_scopes():
+    """A command stays in the scope of its config, a test does not."""
+    before = set(DefaultScope._instance_dict)
+    yield
+    for name in set(DefaultScope._instance_dict) - before:
+        DefaultScope._instance_dict.pop(name)
 
 
 @pytest.fixture

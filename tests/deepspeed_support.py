@@ -10,7 +10,7 @@ from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
 from scale_support import share_draws
 from tests_support import perturb, tiny_backbone
 
-from cdm_plugin.hooks.cdm_hook import method_of
+from cdm_plugin.hooks.method import method_of
 
 GLOBAL_BATCH = 4
 CYCLES = 10

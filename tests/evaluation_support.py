@@ -3,7 +3,7 @@ import os
 
 from mmengine.registry import METRICS
 
-from cdm_plugin.evaluation import MissingMetric, ScoreMetric, SetMetric
+from cdm_plugin.metrics import MissingMetric, ScoreMetric, SetMetric
 
 
 @METRICS.register_module()

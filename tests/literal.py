@@ -83,11 +83,12 @@ def student_losses(networks, draws, fields, null_fields, alpha, guided):
         x0 = denoise(student, x, sigma, fields)
         with torch.no_grad():
             z = noised(x0, d['noise'], d['sigma'])
-            real = denoise(teacher, z, d['sigma'], fields)
+            cond = real = denoise(teacher, z, d['sigma'], fields)
             if name in guided:
                 real = real + alpha * (real - denoise(teacher, z, d['sigma'], null_fields))
             delta = real - denoise(fake, z, d['sigma'], fields, sigma)
-        losses[name] = regression(x0, delta, real)
+        # DMD2's real score is guided as a whole; the CDM loss is CA's kin, which measures against the unguided teacher.
+        losses[name] = regression(x0, delta, real if name == 'dm' else cond)
     return losses
 
 

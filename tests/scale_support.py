@@ -1,6 +1,7 @@
 """Runs a function in several processes, and never waits for them for longer than it was told."""
 import dataclasses
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -9,21 +10,37 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
-
-from cdm_plugin.draws import Draws
 
 # Processes are forked from one that has imported everything, which takes seconds, and has done nothing else. CUDA does
 # not survive a fork.
 processes = multiprocessing.get_context('spawn' if torch.cuda.is_available() else 'forkserver')
 processes.set_forkserver_preload(['cdm_plugin', 'cdm_plugin.cli', 'cdm_plugin.export', 'cdm_plugin.inference',
-                                  'cdm_plugin.evaluate', 'torch._inductor.compile_fx',
+                                  'cdm_plugin.commands.evaluate', 'torch._inductor.compile_fx',
                                   'deepspeed.runtime.engine', 'matplotlib.pyplot'])
 
 
 class WorkersFailed(AssertionError):
     """A process failed or hung; the message has the logs of all."""
+
+
+def slow(*values):
+    """Parameters that only `-m slow` takes."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def selected(request, name):
+    """Values of a parameter in the tests of a module that were not deselected: all that its fixtures need to prepare.
+
+    Args:
+        request (pytest.FixtureRequest): Of the fixture.
+        name (str): The parameter.
+    """
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, 'callspec')]
+    return list(dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params))
 
 
 def free_port():
@@ -104,6 +121,7 @@ def run_worker(env, log, function, args):
         os.dup2(file, stream)
     faulthandler.enable()
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before the fork
     function(*args)
 
 
@@ -168,12 +186,10 @@ def split_draws(draws, rank, world_size, interleaved=False):
 def share_draws(method, rank, world_size, interleaved=False):
     """Makes a method draw its share of what one process would draw for the whole batch."""
 
-    def sample_draws(batch):
-        draws = Draws.sample(
-            seed=method.seed, rank=0, iteration=method.iteration, shape=method.latent_shape(batch * world_size),
-            time_grid=method.time_grid, fake_sigma=method.fake_sigma,
-            losses=method.losses if method.is_student_turn() else {}, shift=method.shift,
-            fake_steps=method.fake_steps)
-        return split_draws(draws, rank, world_size, interleaved).to(method.device, method.math_dtype)
+    def sample_draws(batch, latent_size=None):
+        key = dict(seed=method.seed, rank=0, iteration=method.iteration)
+        with mock.patch.object(type(method), 'world_size', 1), mock.patch.object(method, 'draw_key', lambda: key):
+            draws = type(method).sample_draws(method, batch * world_size, latent_size)
+        return split_draws(draws, rank, world_size, interleaved)
 
     method.sample_draws = sample_draws

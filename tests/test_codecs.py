@@ -4,9 +4,9 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img import retrieve_latents
 from mmengine.registry import MODELS
+from tiny_pipelines import tiny_vae
 
 from cdm_plugin.codecs import Codec, PixelCodec, VAECodec
-from tiny_pipelines import tiny_vae
 
 
 def images_of(*shape, seed=0):
@@ -44,8 +44,7 @@ def test_pixel_codec_decodes_to_images_in_range():
 @pytest.mark.parametrize('size', [(9, 8), (8, 9)])
 def test_sizes_that_do_not_divide_are_refused(size):
     for call in (lambda: PixelCodec(2).latent_size(*size), lambda: PixelCodec(2).encode(torch.zeros(1, 3, *size))):
-        with pytest.raises(ValueError, match=rf'image size {size[0]}x{size[1]} \(model\.image_size\) must be '
-                                             'divisible by 2'):
+        with pytest.raises(ValueError, match=f'image size {size[0]}x{size[1]} must be divisible by 2'):
             call()
 
 

@@ -5,15 +5,17 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from mmengine.registry import MODELS
+from tests_support import tiny_backbone
+from tiny_pipelines import save_tiny_bert, save_tiny_sd3
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoTokenizer, BertModel
 
 from cdm_plugin.backbones import SD3Backbone, SD3TextConditioner
 from cdm_plugin.conditioners import ClassConditioner, Conditioner, TextEncoderConditioner
-from cdm_plugin.data.embedding_files import write_embeddings
+from cdm_plugin.conditioners.base import TextConditioner, visiting
+from cdm_plugin.data.embeddings.files import write_embeddings
 from cdm_plugin.export import export
 from cdm_plugin.inference import load_method, sample_prompts
-from tests_support import tiny_backbone
-from tiny_pipelines import save_tiny_bert, save_tiny_sd3
 
 PROMPTS = ['a cat', 'dogs and birds']
 
@@ -70,7 +72,7 @@ def test_labels_out_of_range_are_refused(label):
 
 @pytest.mark.parametrize('kwargs', [dict(num_classes=0), dict(num_classes=3, num_tokens=0)], ids=str)
 def test_bad_numbers_are_refused(kwargs):
-    with pytest.raises(ValueError, match='num_classes >= 1 and num_tokens >= 1'):
+    with pytest.raises(ValueError, match=r'conditioner\.num_(classes|tokens) must be .* 1 or more, but is 0'):
         ClassConditioner(**kwargs)
 
 
@@ -255,6 +257,90 @@ def test_text_conditioner_in_bfloat16(folder, pipeline):
     assert (conditioner.encode(PROMPTS).fields['encoder_hidden_states'] - tokens).abs().max() < 0.1
 
 
+# Offloaded encoders
+
+
+def weights_of(modules):
+    return [*modules.parameters(), *modules.buffers()]
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """A second device in the CPU's memory: whatever is sent somewhere is copied. Keeps where the copies came from."""
+    sources, send = [], torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        sources.append(tensor.data_ptr())
+        return send(tensor, *args, **kwargs).clone()
+
+    monkeypatch.setattr(torch.Tensor, 'to', to)
+    return sources
+
+
+def test_offloaded_weights_never_leave_their_place_in_memory(folder, copies, monkeypatch):
+    expected = SD3TextConditioner(folder).encode(PROMPTS).fields
+    conditioner = SD3TextConditioner(folder, offload=True)
+    weights, places = weights_of(conditioner.encoders), [w.data_ptr() for w in weights_of(conditioner.encoders)]
+    encode_texts, on_device = conditioner.encode_texts, []
+
+    def encode(prompts):
+        on_device.extend(StorageWeakRef(w.untyped_storage()) for w in weights)
+        assert not {w.data_ptr() for w in weights} & set(places)  # on the device
+        return encode_texts(prompts)
+
+    monkeypatch.setattr(conditioner, 'encode_texts', encode)
+    for _ in range(2):
+        copies.clear()
+        found = conditioner.encode(PROMPTS).fields
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        # Once to the device (weights that two modules share too), and nothing back.
+        assert sorted(source for source in copies if source in places) == sorted(places) and len(places) > 50
+        assert [w.data_ptr() for w in weights] == places
+    monkeypatch.setattr(conditioner, 'encode_texts', lambda prompts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        conditioner.encode(PROMPTS)
+    assert [w.data_ptr() for w in weights] == places and all(copy.expired() for copy in on_device)
+
+
+def test_offloaded_weights_are_page_locked_once_on_the_way_to_a_gpu(monkeypatch):
+    locked = []
+
+    def pin_memory(tensor):
+        copy = tensor.clone()
+        locked.append(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', pin_memory)
+    monkeypatch.setattr(torch.Tensor, 'is_pinned', lambda tensor: tensor.data_ptr() in locked)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda tensor, device, non_blocking: tensor.clone())  # there is no GPU
+    module = torch.nn.BatchNorm1d(3)
+    weights, values = weights_of(module), [w.clone() for w in weights_of(module)]
+    for _ in range(2):
+        with visiting(module, torch.device('cuda')):
+            assert all(torch.equal(w, value) for w, value in zip(weights, values))
+            assert not {w.data_ptr() for w in weights} & set(locked)
+        assert [w.data_ptr() for w in weights] == locked and len(locked) == 5
+        assert all(torch.equal(w, value) for w, value in zip(weights, values))
+
+
+@pytest.mark.gpu
+def test_offloaded_encoders_on_a_gpu(folder):
+    """The same kernels on the same weights: the same bits."""
+    here, there = (SD3TextConditioner(folder, offload=offload).to('cuda') for offload in (False, True))
+    for _ in range(2):
+        found, expected = there.encode(PROMPTS).fields, here.encode(PROMPTS).fields
+        assert all(torch.equal(found[name], expected[name]) and found[name].is_cuda for name in expected)
+        assert all(w.device.type == 'cpu' and w.is_pinned() for w in weights_of(there.encoders))
+
+
+def test_quantised_encoders_cannot_be_offloaded():
+    encoder = torch.nn.Module()
+    encoder.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    assert TextConditioner([encoder]).encoders[0] is encoder
+    with pytest.raises(ValueError, match='conditioner.offload=True does not go with quantised text encoders: leave '):
+        TextConditioner([encoder], offload=True)
+
+
 @pytest.mark.parametrize('has_t5', [True, False], ids=['left out', 'not in the pipeline'])
 def test_text_conditioner_without_t5_equals_encode_prompt_without_t5(has_t5, tmp_path):
     save_tiny_sd3(tmp_path, t5=has_t5)
@@ -314,5 +400,5 @@ def test_an_exported_text_model_samples_by_itself(folder, tmp_path):
     method = MODELS.build(dict(type='FlowMatching', backbone=dict(type='SD3Backbone', pretrained=folder)))
     exported = load_method(str(export(method, tmp_path / 'out')), device='cpu')
     noise = torch.randn(method.latent_shape(2), generator=torch.Generator().manual_seed(0))
-    images = [sample_prompts(m, PROMPTS, noise) for m in (method.eval(), exported)]
+    images = [sample_prompts(m, PROMPTS, noise, sigmas=method.sample_sigmas) for m in (method.eval(), exported)]
     assert torch.equal(*images)

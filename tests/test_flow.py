@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from cdm_plugin.flow import add_noise, expand_sigma, extrapolate, full_precision, shift_sigmas, to_x0
+from cdm_plugin.flow import add_noise, expand_sigma, extrapolate, full_precision, shift_sigmas, stretch_sigmas, to_x0
 from cdm_plugin.sampling import euler_sample
 
 SIGMA = torch.tensor([0.0, 0.02, 0.5, 0.98, 1.0], dtype=torch.float64)
@@ -91,6 +91,20 @@ def test_shift_by_exp_mu_is_the_dynamic_exponential_shift(mu):
     scheduler.set_timesteps(sigmas=sigmas, mu=mu)
     ours = shift_sigmas(torch.tensor(sigmas, dtype=torch.float64), math.exp(mu))
     assert torch.allclose(ours.float(), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('sigmas', [[1.0, 0.93, 0.75, 0.5, 0.25, 0.02], [1.0, 0.75, 0.5, 0.25], [1.0, 0.5]], ids=len)
+@pytest.mark.parametrize('last', [0.02, 0.3])
+def test_stretching_is_the_schedulers(last, sigmas):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=last)
+    scheduler.set_timesteps(sigmas=sigmas)
+    ours = stretch_sigmas(shift_sigmas(torch.tensor(sigmas, dtype=torch.float64), 3.0), last)
+    assert torch.allclose(ours.float(), scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+    assert ours[0] == 1 and ours[-1] == pytest.approx(last)
+
+
+def test_a_list_of_one_level_is_not_stretched():
+    assert stretch_sigmas(torch.ones(1), 0.02).tolist() == [1.0]
 
 
 def curved(x, sigma):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # tests/test_plugins.py has the same of distributions that are only written down
 
 ACME = '''
 import torch
@@ -57,8 +58,8 @@ class AcmeLoss(ScoreLoss):
         super().__init__(weight)
         self.level = level
 
-    def forward(self, prediction, answers):
-        return 0 * prediction.x0.flatten(1).mean(1) + self.level, {}
+    def forward(self, inputs):
+        return 0 * inputs.prediction.x0.flatten(1).mean(1) + self.level, {}
 
 
 @TASK_UTILS.register_module()
@@ -139,7 +140,7 @@ class Environment:
             if place.name in ('site-packages', 'dist-packages') and place.is_dir():
                 for entry in place.iterdir():
                     link = libraries / entry.name
-                    if 'cdm_plugin' not in entry.name and not link.exists():
+                    if not any(own in entry.name for own in ('cdm_plugin', 'cdm_command')) and not link.exists():
                         link.symlink_to(entry)
         (self.site / 'libraries.pth').write_text(f'{libraries}\n')
 
@@ -264,7 +265,7 @@ def test_wheel_holds_all_files_of_the_checkout(wheel, installed):
     assert expected - found == set()
     assert {name for name in found - expected if not name.endswith('.pyc')} == set()
     assert {'.mim/configs/_base_/default_runtime.py', '.mim/model-index.yml', 'assets/digits/digits_16.npz',
-            'hooks/cdm_hook.py', 'compare/page.html', 'py.typed'} <= found
+            'hooks/cdm_hook.py', 'commands/compare/page.html', 'py.typed'} <= found
 
 
 def test_wheel_works_from_elsewhere(installed, reports):
@@ -272,6 +273,7 @@ def test_wheel_works_from_elsewhere(installed, reports):
     assert Path(report['file']) == package / '__init__.py'
     assert Path(report['hooks']) == package / 'hooks/__init__.py'
     assert Path(report['digits']) == package / 'assets/digits'
+    assert (installed.site / 'cdm_command/__init__.py').read_text() == (package / 'cli/__init__.py').read_text()
     own = [info for info in report['plugins'] if info['distribution'] == 'cdm_plugin']
     assert own[0]['entry_point'] == 'time_grids' and own[-1]['entry_point'] == 'hooks'
     assert {info['status'] for info in own} == {'loaded'}
@@ -331,4 +333,4 @@ def test_editable_checkout_works_from_elsewhere_and_from_inside(editable):
         assert {info['status'] for info in by_name(report['plugins']).values()} == {'loaded'}
     assert Path(elsewhere['file']).with_name('.mim').joinpath('configs/_base_/default_runtime.py').is_file()
     assert [info['name'] for info in elsewhere['plugins']] == [info['name'] for info in inside['plugins']]
-    assert (environment.bin / 'cdm').is_file()
+    assert environment.run('cdm', '--version').stdout == environment.run('cdm', '--version', cwd=copy).stdout != ''

@@ -62,8 +62,8 @@ class Site:
 def make_site(tmp_path, monkeypatch):
     """Makes sites; afterwards modules, registries, pluggy and the list of plug-ins are what they were before."""
     monkeypatch.setattr(plugins, 'manager', plugins._make_manager())
-    monkeypatch.setattr(plugins, '_infos', dict(plugins._infos))
-    monkeypatch.setattr(plugins, '_waiting', {})
+    for name in ('_infos', '_points'):
+        monkeypatch.setattr(plugins, name, dict(getattr(plugins, name)))
     monkeypatch.delenv('CDM_DISABLE_PLUGINS', raising=False)
     for registry in [value for value in vars(root).values() if isinstance(value, root.Registry)]:
         monkeypatch.setattr(registry, '_module_dict', dict(registry._module_dict))
@@ -102,7 +102,8 @@ def test_own_parts_come_first_and_in_the_order_of_setup_py():
 
 def test_own_parts_state_what_they_registered():
     own = {info.entry_point: info.registered for info in plugins.loaded()}
-    assert {'MODELS.CALoss', 'MODELS.DMLoss', 'MODELS.CDMLoss', 'MODELS.FlowMatchingLoss'} == set(own['losses'])
+    assert {f'MODELS.{name}Loss' for name in ('CA', 'DM', 'CDM', 'FlowMatching', 'GAN', 'Reward', 'Regression')} == set(
+        own['losses'])
     assert {'TASK_UTILS.FixedTimeGrid', 'TASK_UTILS.DynamicTimeGrid'} <= set(own['time_grids'])
 
 
@@ -268,3 +269,14 @@ def test_table_fits_the_terminal():
     text = ' '.join(lines)
     assert 'acme_nets in /site/acme_nets.py' in text and 'KeyError: taken' in text
     assert all(name in text for name in long)
+
+
+def test_own_part_that_failed_is_loaded_once_it_can_be(site, monkeypatch):
+    monkeypatch.setattr(plugins, '_infos', {})
+    entries = {part: f'cdm_plugin.{part}' for part in plugins.PARTS}
+    site.install('cdm_plugin', {**entries, 'losses': 'mended_losses'}, mended_losses='import no_such_module')
+    with pytest.raises(ImportError, match="own part 'losses'"):
+        plugins.load()
+    (site.folder / 'mended_losses.py').write_text('mended = True')
+    importlib.invalidate_caches()
+    assert info_of('cdm_plugin:losses').status == 'loaded' and plugins.loaded()[-1].entry_point == 'hooks'

@@ -8,28 +8,77 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader, FlexibleRunner, Runner
-from recipes import (FLUX_LORA, LONGCAT, LONGCAT_LORA, LONGCAT_OFFLOAD, LONGCAT_ZERO3, SD3, SD3_LORA, SD3_OFFLOAD,
-                     SD3_ZERO2, report_of, shipped)
+from PIL import Image
+from recipes import (
+    FLUX2_LORA,
+    FLUX_LORA,
+    KLEIN,
+    KLEIN_CONSISTENT,
+    KLEIN_DMD2,
+    KLEIN_LORA,
+    KREA2,
+    KREA2_LORA,
+    LONGCAT,
+    LONGCAT_LORA,
+    LONGCAT_OFFLOAD,
+    LONGCAT_ZERO3,
+    QWEN_IMAGE,
+    QWEN_IMAGE_CONSISTENT,
+    QWEN_IMAGE_DMD2,
+    QWEN_IMAGE_LORA,
+    SD3,
+    SD3_GAN,
+    SD3_LORA,
+    SD3_OFFLOAD,
+    SD3_ZERO2,
+    SD35_LARGE,
+    SD35_MEDIUM,
+    Z_IMAGE,
+    Z_IMAGE_CONSISTENT,
+    Z_IMAGE_DMD2,
+    Z_IMAGE_LORA,
+    recipe_params,
+    report_of,
+    shipped,
+)
 from scale_support import launch
-from tiny_pipelines import save_tiny_flux, save_tiny_longcat, save_tiny_sd3
+from tiny_pipelines import (
+    save_tiny_flux,
+    save_tiny_flux2,
+    save_tiny_klein,
+    save_tiny_krea2,
+    save_tiny_longcat,
+    save_tiny_qwen_image,
+    save_tiny_sd3,
+    save_tiny_z_image,
+)
 
+from cdm_plugin.commands.doctor.meta import build_on_meta
+from cdm_plugin.commands.doctor.report import Report
 from cdm_plugin.config import load_config
-from cdm_plugin.doctor import Report
-from cdm_plugin.doctor.meta import build_on_meta
 
 METHODS = {'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD', 'dmd2': 'DMD2', 'teacher': 'FlowMatching'}
 DISTILLATION = [name for name in shipped() if 'teacher' not in name]
 LARGE = [name for name in shipped() if not name.startswith(('digits/', 'emoji/'))]
+LAYERS = ('num_layers', 'num_single_layers', 'n_layers', 'n_refiner_layers')
 # The folder's architecture.
 BACKBONES = dict(digits='SD3Backbone', emoji='SD3Backbone', sd3='SD3Backbone', longcat='LongCatImageBackbone',
-                 flux='FluxBackbone')
+                 flux='FluxBackbone', flux2='Flux2KleinBackbone', krea2='Krea2Backbone',
+                 **{'qwen-image': 'QwenImageBackbone', 'z-image': 'ZImageBackbone'})
 
 
 def test_every_architecture_has_its_recipes():
     methods = ('cdm', 'cdm-consistent', 'cdm_lora', 'decoupled-dmd', 'dmd2')
     expected = {f'sd3/{m}_sd3-medium' for m in methods} | {f'longcat/{m}_longcat-image' for m in methods}
-    assert {re.split(r'_[18]xb', name)[0] for name in LARGE} == expected | {'flux/cdm_lora_flux-dev'}
-    assert [name for name in LARGE if '_zero' in name] == [LONGCAT_OFFLOAD, LONGCAT_ZERO3, SD3_OFFLOAD, SD3_ZERO2]
+    newer = {f'{folder}/{m}_{model}' for folder, model in (
+        ('flux2', 'flux2-klein-4b'), ('krea2', 'krea2'), ('qwen-image', 'qwen-image'), ('sd3', 'sd3.5-medium'),
+        ('sd3', 'sd3.5-large'), ('z-image', 'z-image')) for m in ('cdm', 'cdm-consistent', 'cdm_lora', 'dmd2-aware')}
+    assert {re.split(r'_[18]xb', name)[0] for name in LARGE} == expected | newer | {
+        'flux/cdm_lora_flux-dev', 'flux2/cdm_lora_flux2-dev', 'sd3/dmd2-gan_sd3-medium',
+        'sd3/cdm_lora_sd3-medium-style', 'z-image/cdm_lora_z-image-style'}
+    assert {name for name in LARGE if '_zero' in name} == {LONGCAT_OFFLOAD, LONGCAT_ZERO3, SD3_OFFLOAD, SD3_ZERO2} | {
+        name.replace('/cdm_', f'/{m}_') for m in ('cdm', 'cdm-consistent', 'dmd2-aware')
+        for name in (KLEIN, KREA2, QWEN_IMAGE, SD35_LARGE, SD35_MEDIUM, Z_IMAGE)}
 
 
 @pytest.mark.parametrize('recipe', shipped())
@@ -37,10 +86,12 @@ def test_a_recipe_is_what_its_name_says(recipe):
     cfg = load_config(recipe)
     folder, file = recipe.removesuffix('.py').split('/')
     method, gpus, batch, zero, offload, steps, iterations = re.fullmatch(
-        r'([a-z0-9-]+)_(?:[a-z-]+_)?[a-z0-9-]+_(\d+)xb(\d+)(?:_zero(\d)(-offload)?)?(?:_(\d+)step)?(?:_(\d+k?))?',
+        r'([a-z0-9-]+)_(?:[a-z-]+_)?[a-z0-9.-]+_(\d+)xb(\d+)(?:_zero(\d)(-offload)?)?(?:_(\d+)step)?(?:_(\d+k?))?',
         file).groups()
-    assert cfg.model.type == METHODS[re.sub('-(consistent|fixed-grid)$', '', method)]
-    assert cfg.model.backbone.type == BACKBONES[folder]
+    assert cfg.model.type == METHODS[re.sub('-(consistent|fixed-grid|aware|gan)$', '', method)]
+    assert cfg.model.get('anchor_aware_fake', False) or '-aware' not in method
+    assert ('gan' in cfg.model.get('losses', {})) == method.endswith('-gan')
+    assert cfg.model.backbone.type == ('Flux2Backbone' if 'flux2-dev' in file else BACKBONES[folder])
     assert cfg.train_dataloader.batch_size == int(batch)
     assert (iterations is None) == (zero is not None)
     if zero is None:
@@ -78,14 +129,13 @@ def test_the_published_numbers(recipe, gpus, batch, iterations, student_steps):
     # Nothing else of the method is set: its defaults are the published recipe.
     assert set(cfg.model) == {'type', 'backbone', 'sample_sigmas', 'alpha', 'image_size', 'teacher_dtype',
                               'activation_checkpointing'}
-    resolved = report_of(recipe, 8).recipe
+    resolved = report_of(recipe).recipe
     assert resolved['iterations'] == f'{iterations:,}, {student_steps:,} student steps'
     assert resolved['fake_merge'] == '0.001' and 'max_steps 28, low 0.25, high 0.95' in resolved['time grid']
 
 
-@pytest.mark.parametrize('folder', ['sd3', 'longcat', 'emoji'])
-def test_the_consistent_recipe_is_the_published_one_and_four_settings(folder):
-    (consistent,) = [name for name in shipped() if name.startswith(f'{folder}/cdm-consistent')]
+@pytest.mark.parametrize('consistent', [name for name in shipped() if '/cdm-consistent' in name])
+def test_the_consistent_recipe_is_the_published_one_and_four_settings(consistent):
     published = load_config(consistent.replace('cdm-consistent', 'cdm'))
     cfg = load_config(consistent)
     assert cfg.model.pop('anchor_aware_fake') is True
@@ -97,17 +147,19 @@ def test_the_consistent_recipe_is_the_published_one_and_four_settings(folder):
     assert digits.losses.to_dict() == load_config(consistent).model.losses.to_dict() and digits.anchor_aware_fake
 
 
-@pytest.mark.parametrize('recipe', DISTILLATION)
+@pytest.mark.parametrize('recipe', recipe_params(DISTILLATION))
 def test_model_type_alone_swaps_methods(recipe):
     options = {'model.backbone.pretrained': None} if recipe.startswith('emoji/') else {}  # its teacher is not there yet
     if recipe in LARGE:  # one block is enough to see that the settings fit
         config = load_config(recipe).model.backbone.config
-        options = {f'model.backbone.config.{key}': 1 for key in ('num_layers', 'num_single_layers') if key in config}
+        options = {f'model.backbone.config.{key}': 1 for key in LAYERS if key in config}
     for type, losses in (('CDM', {'ca', 'dm', 'cdm'}), ('DecoupledDMD', {'ca', 'dm'}), ('DMD2', {'dm'})):
         cfg = load_config(recipe, {'model.type': type, **options})
         method = build_on_meta(cfg.model.to_dict(), Report('', 1))
-        assert method.__class__.__name__ == type and set(method.losses) == losses
-        assert {loss.alpha for loss in method.losses.values()} == {cfg.model.alpha}
+        gan = {'gan'} if '-gan' in recipe else set()
+        left_out = {name for name, loss in cfg.model.get('losses', {}).items() if loss is None}
+        assert method.__class__.__name__ == type and set(method.losses) == (losses | gan) - left_out
+        assert {method.losses[name].alpha for name in losses - left_out} == {cfg.model.alpha}
 
 
 @pytest.mark.parametrize('recipe', [name for name in LARGE if '_lora_' in name])
@@ -121,6 +173,17 @@ def test_checkpoints_of_lora_recipes_lose_no_gradients(recipe):
     assert cfg.model.lora == dict(rank=64, alpha=128)
 
 
+@pytest.mark.parametrize('recipe', [FLUX_LORA, FLUX2_LORA])
+def test_a_guidance_embedded_teacher_is_distilled_with_its_own_guidance(recipe):
+    """Its velocity has that without a prompt too: no call asks for the difference."""
+    cfg = load_config(recipe)
+    assert cfg.model.backbone.config.guidance_embeds and 'embedded_guidance' not in cfg.model.backbone
+    report = report_of(recipe)
+    assert cfg.model.losses == dict(ca=None) and report.recipe['alpha'].startswith('0 (')
+    # DM's question and CDM's, every second iteration.
+    assert report.calls.samples['teacher', False] == 1
+
+
 @pytest.mark.parametrize('published, sharded', [(SD3, SD3_ZERO2), (LONGCAT, LONGCAT_ZERO3)], ids=['sd3', 'longcat'])
 def test_a_sharded_recipe_is_the_published_one_and_its_strategy(published, sharded):
     cfg = load_config(sharded).to_dict()
@@ -128,13 +191,32 @@ def test_a_sharded_recipe_is_the_published_one_and_its_strategy(published, shard
     assert cfg == load_config(published).to_dict()
 
 
+def tiny_flux_dev(folder):
+    return save_tiny_flux(folder, guidance_embeds=True)
+
+
+def slow(*values, id):
+    return pytest.param(*values, id=id, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize('recipe, save, size', [
-    (SD3, save_tiny_sd3, 16), (SD3_LORA, save_tiny_sd3, 16), (LONGCAT, save_tiny_longcat, 64),
-    (LONGCAT_LORA, save_tiny_longcat, 64), (SD3_ZERO2, save_tiny_sd3, 16), (SD3_OFFLOAD, save_tiny_sd3, 16),
-    (LONGCAT_ZERO3, save_tiny_longcat, 64), (LONGCAT_OFFLOAD, save_tiny_longcat, 64),
-    (FLUX_LORA, lambda folder: save_tiny_flux(folder, guidance_embeds=True), 16)],
-    ids=['sd3', 'sd3 lora', 'longcat', 'longcat lora', 'sd3 zero2', 'sd3 offload', 'longcat zero3', 'longcat offload',
-         'flux lora'])
+    pytest.param(SD3, save_tiny_sd3, 16, id='sd3'), pytest.param(FLUX_LORA, tiny_flux_dev, 16, id='flux lora'),
+    pytest.param(LONGCAT_ZERO3, save_tiny_longcat, 64, id='longcat zero3'),
+    slow(SD3_GAN, save_tiny_sd3, 16, id='sd3 gan'), slow(SD3_LORA, save_tiny_sd3, 16, id='sd3 lora'),
+    slow(LONGCAT, save_tiny_longcat, 64, id='longcat'),
+    slow(LONGCAT_LORA, save_tiny_longcat, 64, id='longcat lora'), slow(SD3_ZERO2, save_tiny_sd3, 16, id='sd3 zero2'),
+    slow(SD3_OFFLOAD, save_tiny_sd3, 16, id='sd3 offload'),
+    slow(LONGCAT_OFFLOAD, save_tiny_longcat, 64, id='longcat offload'),
+    pytest.param(Z_IMAGE_LORA, save_tiny_z_image, 16, id='z-image lora'),
+    slow(SD35_MEDIUM, save_tiny_sd3, 16, id='sd3.5-medium'),
+    slow(SD35_LARGE, save_tiny_sd3, 16, id='sd3.5-large'),
+    slow(KREA2_LORA, save_tiny_krea2, 16, id='krea2 lora'), slow(KREA2, save_tiny_krea2, 16, id='krea2'),
+    slow(FLUX2_LORA, save_tiny_flux2, 32, id='flux2 lora'),
+    slow(KLEIN_LORA, save_tiny_klein, 32, id='klein lora'),
+    *(slow(name, save_tiny_klein, 32, id=name) for name in (KLEIN, KLEIN_CONSISTENT, KLEIN_DMD2)),
+    slow(QWEN_IMAGE_LORA, save_tiny_qwen_image, 16, id='qwen-image lora'),
+    *(slow(name, save_tiny_qwen_image, 16, id=name) for name in (QWEN_IMAGE, QWEN_IMAGE_CONSISTENT, QWEN_IMAGE_DMD2)),
+    *(slow(name, save_tiny_z_image, 16, id=name) for name in (Z_IMAGE, Z_IMAGE_CONSISTENT, Z_IMAGE_DMD2))])
 def test_a_recipe_trains_a_tiny_pipeline(recipe, save, size, tmp_path):
     """The real recipe: another pretrained model, and what `config` states about it left out."""
     save(tmp_path / 'pipeline')
@@ -146,8 +228,14 @@ def test_a_recipe_trains_a_tiny_pipeline(recipe, save, size, tmp_path):
         'train_dataloader.dataset.ann_file': str(tmp_path / 'prompts.txt'), 'train_cfg.max_iters': 2,
         'work_dir': str(tmp_path / 'run'), 'experiment_name': f'recipe-{recipe}-{tmp_path.name}'.replace('/', '-'),
         'log_level': 'ERROR', 'custom_hooks.1.num_images': 1, 'custom_hooks.1.teacher_steps': 2,
-        'default_hooks.logger.interval': 1, 'model.time_grid': dict(max_steps=3)})
-    for role in ('student', 'fake'):
+        'default_hooks.logger.interval': 1, 'model.time_grid': dict(max_steps=3), 'model.student_every': 2})
+    if recipe == SD3_GAN:
+        Image.new('RGB', (20, 18), 'teal').save(tmp_path / 'picture.png')
+        (tmp_path / 'captions.jsonl').write_text('{"caption": "a red fox", "image": "picture.png"}\n' * 2)
+        cfg.train_dataloader.dataset.update(ann_file='captions.jsonl', data_root=str(tmp_path), data_prefix={})
+        cfg.train_dataloader.dataset.data_prefix.image = ''
+        cfg.train_dataloader.dataset.pipeline[1].sizes = size
+    for role in cfg.param_scheduler:
         cfg.optim_wrapper[role].accumulative_counts = 1
         cfg.param_scheduler[role] = []
     if 'strategy' in cfg:
@@ -177,7 +265,8 @@ def train_sharded(cfg):
     method = MODELS.build(cfg.model)
     after = CheckpointLoader.load_checkpoint(f'{cfg.work_dir}/iter_2.pth', 'cpu')['state_dict']
     for role in ('student', 'fake'):
-        before = dict(getattr(method, role).named_parameters())
+        before = {name: weight for name, weight in getattr(method, role).named_parameters()
+                  if 'anchor_embedding' not in name}  # which is new in every process
         assert any(not torch.equal(after[f'{role}.{name}'], weight) for name, weight in before.items()), role
         assert all(torch.allclose(after[f'{role}.{name}'], weight, atol=1e-3) for name, weight in before.items()), role
 

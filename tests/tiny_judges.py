@@ -3,10 +3,9 @@ import numpy as np
 import torch
 from PIL import Image
 from tiny_pipelines import clip_tokenizer, qwen_tokenizer
-from transformers import (BertTokenizerFast, BlipConfig, BlipForQuestionAnswering, CLIPConfig, CLIPModel,
-                          Qwen2VLConfig)
+from transformers import BertTokenizerFast, BlipConfig, BlipForQuestionAnswering, CLIPConfig, CLIPModel, Qwen2VLConfig
 
-from cdm_plugin.evaluation.weights import image_processor
+from cdm_plugin.metrics.weights import image_processor
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])

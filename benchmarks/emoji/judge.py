@@ -1,16 +1,15 @@
 """What judges emoji: a small picture encoder, trained here as CLIP's is (Radford et al. 2021), against the frozen
 sentence embeddings of the captions."""
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, pad
 from transformers import ResNetConfig, ResNetModel
 
-from cdm_plugin.evaluation import frechet_distance
+from cdm_plugin.data.images import read_image
+from cdm_plugin.metrics import frechet_distance
 
 WIDTH = 64
 
@@ -74,10 +73,9 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return moved + level * torch.randn(moved.shape, generator=generator)
 
 
-def load_pictures(files: List[Path]) -> Tensor:
+def load_pictures(files: list[Path]) -> Tensor:
     """PNG files to (N, 3, H, W) in [-1, 1]."""
-    pixels = np.stack([np.asarray(Image.open(file).convert('RGB')) for file in files])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.stack([read_image(file) for file in files])
 
 
 def train_judge(pictures: Tensor, texts: Tensor, steps: int, device: str = 'cpu', batch_size: int = 256) -> Judge:
@@ -98,7 +96,7 @@ def train_judge(pictures: Tensor, texts: Tensor, steps: int, device: str = 'cpu'
 
 
 def score(judge: Judge, pictures: Tensor, texts: Tensor, asked: Sequence[int],
-          references: Dict[str, Tensor]) -> Dict[str, float]:
+          references: dict[str, Tensor]) -> dict[str, float]:
     """Retrieval of the caption from N pictures, and their Fréchet distance to sets of features by name."""
     if not pictures.isfinite().all():
         return dict.fromkeys(('retrieval@1', 'retrieval@5', *references))

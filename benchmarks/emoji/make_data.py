@@ -18,15 +18,15 @@ import json
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
 
 import numpy as np
 from mmengine.config import Config
 from PIL import Image, ImageDraw, ImageFont, features
 
 import cdm_plugin  # noqa: F401  registers everything
-from cdm_plugin.data.embedding_cache import cache_embeddings
+from cdm_plugin.data.embeddings.cache import cache_embeddings
 
 GLYPH = 109  # the one size of the font's bitmaps
 SKIN_TONE = re.compile(r'\s+(?:(?:medium\s+)?(?:light|dark)|medium) skin tone\b')
@@ -43,7 +43,7 @@ def is_held_out(caption: str) -> bool:
     return hashlib.sha256(without_skin_tones(caption).encode()).digest()[0] < 256 / 10
 
 
-def read_pictures(file: Path) -> Iterator[Tuple[str, Image.Image]]:
+def read_pictures(file: Path) -> Iterator[tuple[str, Image.Image]]:
     """Captions and pictures of an npz."""
     with np.load(file) as data:
         png, offsets, captions = data['png'], data['offsets'], data['captions']
@@ -51,7 +51,7 @@ def read_pictures(file: Path) -> Iterator[Tuple[str, Image.Image]]:
         yield str(caption), Image.open(io.BytesIO(png[start:end].tobytes())).convert('RGB')
 
 
-def draw_pictures(font_file: Path) -> Iterator[Tuple[str, Image.Image]]:
+def draw_pictures(font_file: Path) -> Iterator[tuple[str, Image.Image]]:
     """Captions and pictures of the fully qualified emoji that the font has, by caption."""
     try:
         from emoji import EMOJI_DATA, STATUS
@@ -75,10 +75,10 @@ def draw_pictures(font_file: Path) -> Iterator[Tuple[str, Image.Image]]:
             yield caption, canvas
 
 
-def write_pictures(pictures: Iterator[Tuple[str, Image.Image]], out: Path, side: int) -> Dict[str, int]:
+def write_pictures(pictures: Iterator[tuple[str, Image.Image]], out: Path, side: int) -> dict[str, int]:
     """Writes `images/*.png`, `train.jsonl`, `held_out.jsonl` and `captions.txt`; returns how many each has."""
     (out / 'images').mkdir(parents=True, exist_ok=True)
-    rows: Dict[str, List[Dict[str, str]]] = dict(train=[], held_out=[])
+    rows: dict[str, list[dict[str, str]]] = dict(train=[], held_out=[])
     for i, (caption, picture) in enumerate(pictures):
         name = f'{i:04d}.png'
         if picture.size != (side, side):

@@ -19,7 +19,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from judge import Judge, load_pictures, score, train_judge
@@ -30,9 +30,10 @@ from torch import Tensor
 
 from cdm_plugin.config import load_config
 from cdm_plugin.export import export
-from cdm_plugin.images import labelled_grid, save_png
+from cdm_plugin.files import whole_file
 from cdm_plugin.inference import sample_prompts, step_sigmas, student_weights
 from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.sheets import labelled_grid, save_png
 
 TEACHER = 'emoji/teacher_flow-matching_sd3-emoji_1xb128_20k.py'
 RECIPE = 'emoji/{}_sd3-emoji_1xb64_4step_4k.py'
@@ -69,9 +70,9 @@ class Form:
     """
     name: str = 'full'
     data: str = 'data/emoji'
-    options: Dict[str, Any] = field(default_factory=dict)
-    teacher_options: Dict[str, Any] = field(default_factory=dict)
-    row_options: Dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    teacher_options: dict[str, Any] = field(default_factory=dict)
+    row_options: dict[str, Any] = field(default_factory=dict)
     teacher_iters: int = 20000
     iters: int = 4000
     teacher_batch: int = 128
@@ -113,7 +114,7 @@ class Bench:
 
     # Configs
 
-    def config(self, recipe: str, options: Dict[str, Any], iterations: int, batch: int, work_dir: Path) -> Config:
+    def config(self, recipe: str, options: dict[str, Any], iterations: int, batch: int, work_dir: Path) -> Config:
         """A shipped recipe in the form's size."""
         cfg = load_config(recipe, {**self.form.options, **options})
         if self.form is not FULL:
@@ -161,7 +162,7 @@ class Bench:
         runner.train()
         export(runner.model.eval(), self.work_dir / 'teacher')
 
-    def texts(self, part: str) -> Tuple[List[str], Tensor]:
+    def texts(self, part: str) -> tuple[list[str], Tensor]:
         """Captions of a part, and their sentence embeddings."""
         captions = [entry['caption'] for entry in self.captions[part]]
         conditioner = MODELS.build(dict(type='EmbeddingConditioner', folder=str(self.data / 'embeddings')))
@@ -184,7 +185,7 @@ class Bench:
         torch.save(judge.state_dict(), file)
         return judge
 
-    def run(self, name: str, seed: int) -> Tuple[DiffusionModel, float]:
+    def run(self, name: str, seed: int) -> tuple[DiffusionModel, float]:
         """Trains a row; the method and the seconds of its training."""
         runner = Runner.from_cfg(self.row_config(name, seed))
         start = time.perf_counter()
@@ -219,30 +220,30 @@ class Examiner:
             self.references[part] = dict(fd=made[part], fd_real=real)
         torch.save(made, file)
 
-    def sample(self, method: DiffusionModel, part: str, role: str, steps: int, noise: Optional[Tensor] = None,
-               count: Optional[int] = None) -> Tensor:
+    def sample(self, method: DiffusionModel, part: str, role: str, steps: int, noise: Tensor | None = None,
+               count: int | None = None) -> Tensor:
         """Pictures of a role; the teacher is guided."""
         prompts = self.prompts[part][:count]
         noise = method.noise(0, range(len(prompts))) if noise is None else noise
         return sample_prompts(method, prompts, noise, sigmas=step_sigmas(steps), role=role,
                               guidance_scale=self.guidance if role == 'teacher' else 1.0)
 
-    def examine(self, method: DiffusionModel, role: str, steps: int) -> Dict[str, Any]:
+    def examine(self, method: DiffusionModel, role: str, steps: int) -> dict[str, Any]:
         """All scores of a role at a number of steps, by part."""
-        scores: Dict[str, Any] = dict(steps=steps)
+        scores: dict[str, Any] = dict(steps=steps)
         for part in PARTS:
             scores[part] = score(self.judge, self.sample(method, part, role, steps), self.texts[part],
                                  self.asked[part], self.references[part])
         return scores
 
-    def real(self) -> Dict[str, Any]:
+    def real(self) -> dict[str, Any]:
         """Retrieval from the real pictures: what is left to gain."""
         return {part: {f'retrieval@{k}': round(self.judge.retrieval(
             self.references[part]['fd_real'], self.texts[part], sorted(set(self.asked[part])), k), 4) for k in (1, 5)}
                 for part in PARTS}
 
 
-def study(bench: Bench, out: Path, rows: List[str], seeds: int, pictures: int = 12) -> Dict[str, Any]:
+def study(bench: Bench, out: Path, rows: list[str], seeds: int, pictures: int = 12) -> dict[str, Any]:
     """Runs what is missing, and writes the results after every run.
 
     Args:
@@ -252,7 +253,7 @@ def study(bench: Bench, out: Path, rows: List[str], seeds: int, pictures: int = 
         seeds (int): Runs of a row.
         pictures (int): Held-out captions of each row's picture. Default 12.
     """
-    results: Dict[str, Any] = json.loads(out.read_text()) if out.is_file() else dict(form=bench.form.name, rows={})
+    results: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else dict(form=bench.form.name, rows={})
     bench.teacher()
     examiner = Examiner(bench)
     if 'teacher' not in results:
@@ -280,15 +281,13 @@ def study(bench: Bench, out: Path, rows: List[str], seeds: int, pictures: int = 
     return results
 
 
-def write(file: Path, results: Dict[str, Any]) -> None:
+def write(file: Path, results: dict[str, Any]) -> None:
     """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix('.part')
-    part.write_text(json.dumps(results, separators=(',', ':')) + '\n')
-    os.replace(part, file)
+    with whole_file(file) as part:
+        part.write_text(json.dumps(results, separators=(',', ':')) + '\n')
 
 
-def table(results: Dict[str, Any], part: str) -> str:
+def table(results: dict[str, Any], part: str) -> str:
     """The results on one part of the captions, in Markdown."""
     head = ['model', 'seeds', *(f'{name}, {_count(steps)}' for name in ('FD', 'retrieval@1') for steps in STEPS)]
     real = results['real'][part]
@@ -311,7 +310,7 @@ def _count(steps: int) -> str:
     return f'{steps} step' if steps == 1 else f'{steps} steps'
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--small', action='store_true', help='a tiny network and short trainings, for a CPU')
     parser.add_argument('--report', action='store_true', help='print the table of what has run, and run nothing')

@@ -1,13 +1,12 @@
 """Files that come with the package, reached from configs as `asset:NAME`."""
 import os
 from pathlib import Path
-from typing import List, Union
 
 SCHEME = 'asset:'
 ROOT = Path(__file__).parent
 
 
-def resolve(path: Union[str, 'os.PathLike[str]']) -> str:
+def resolve(path: 'str | os.PathLike[str]') -> str:
     """Turns a path from a config into one that can be opened.
 
     Args:
@@ -31,6 +30,6 @@ def resolve(path: Union[str, 'os.PathLike[str]']) -> str:
     return str(target)
 
 
-def _names() -> List[str]:
+def _names() -> list[str]:
     files = (file for file in ROOT.rglob('*') if file.is_file() and file.suffix not in ('.py', '.pyc'))
     return sorted(file.relative_to(ROOT).as_posix() for file in files)

@@ -1,26 +1,31 @@
 """What every architecture provides: networks, their conventions, and the way between prompts, latents and images."""
+import contextlib
 import inspect
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, ModelMixin
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from cdm_plugin import attention as kernels
 from cdm_plugin.assets import resolve
+from cdm_plugin.backbones.parts import PARTS_FILE, read_parts
+from cdm_plugin.backbones.precision import keep_norms_exact, unrounded
+from cdm_plugin.backbones.published import VAE_16
 from cdm_plugin.codecs import Codec
-from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import HUB_KEYS, Conditioner, check_dtype, check_folder, check_load_keys
-from cdm_plugin.flow import full_precision, shift_sigmas
-from cdm_plugin.networks import dtype_of
-
-PARTS_FILE = 'cdm_parts.json'
+from cdm_plugin.condition import MASK, Condition
+from cdm_plugin.conditioners import Conditioner
+from cdm_plugin.flow import full_precision, shift_sigmas, stretch_sigmas
+from cdm_plugin.pretrained import HUB_KEYS, check_dtype, check_folder, check_load_keys
+from cdm_plugin.roles import attention as kernels
+from cdm_plugin.roles.weights import dtype_of, unwrap
+from cdm_plugin.secrets import masked
 
 
 def pack(x: Tensor) -> Tensor:
@@ -33,10 +38,18 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
+def _with_more_variants(compiled: Callable) -> Callable:
+    """The rollout's batch shrinks, and three roles call the blocks with and without gradient: with torch's limit of 8
+    variants the rest would run uncompiled. The limit of everything else in the process stays as it is."""
+    limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch._dynamo.config.patch(recompile_limit=limit)(compiled)
+
+
 class Backbone(nn.Module):
     """Adapter over one diffusers architecture. Stateless about roles: it is handed the network to call.
 
-    A subclass states its network class, its timestep convention and its condition's fields, in one file.
+    A subclass states its network class, its timestep convention (`call`) and its condition's fields
+    (`condition_widths`), in one file; `check_stated` says what else some uses need.
 
     Args:
         pretrained (str, optional): Hub id, folder (both in the layout of a diffusers pipeline) or `asset:` path.
@@ -50,33 +63,51 @@ class Backbone(nn.Module):
         subfolder (str): Where the network lies in `pretrained`. Default 'transformer'.
         dtype (str): Dtype of the network's weights: 'float32', 'bfloat16' (a frozen base of LoRA adapters, or
             sampling) or 'float64'. Default 'float32'.
-        attention (str): Attention kernel, see `cdm_plugin.attention`. Default 'auto'.
+        attention (str): Attention kernel, see `cdm_plugin.roles.attention`. Default 'auto'.
         compile (bool): Whether the repeated blocks run through torch.compile. Default False.
         quantization (dict, optional): Arguments of diffusers' BitsAndBytesConfig, for a frozen base of LoRA adapters
             on a GPU: `dict(load_in_4bit=True)`. Default None.
         **load_kwargs: Passed to every `from_pretrained`: `revision`, `variant`, `cache_dir`, `local_files_only`,
             `token`, `force_download`, `use_safetensors`.
     """
+    config_key = 'model.backbone'
     network_class: type
-    # Diffusers' pipeline of this architecture, by name: importing one takes seconds.
-    pipeline_name: str
-    # Conditioner of a pretrained pipeline.
-    conditioner_type: str
+    # Diffusers' pipeline of this architecture, by name: importing one takes seconds. None: there is none, and what is
+    # exported is the network.
+    pipeline_name: str | None = None
+    # Conditioner and codec of a pretrained pipeline.
+    conditioner_type: str | None = None
+    codec_type: str = 'VAECodec'
     # Name of the network's submodule whose output is the time embedding (an anchor-aware fake score adds to it).
-    time_embedder: str
+    time_embedder: str | None = None
+    # The time embedder's `time_proj` takes sinusoids of this times sigma, where the network rounds that to the dtype of
+    # its tokens first; None where it does not.
+    time_scale: float | None = None
     # Linear layers that LoRA adapts by default, by the end of their names: all of the attention's, image and text.
     lora_targets: Sequence[str] = ('to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj',
                                    'to_add_out')
-    # Class names of the blocks that repeat: the units of compilation and of sharding.
-    repeated_blocks: Sequence[str] = ()
     # Latents a token covers, per side.
     patch: int = 1
+    # What is done to the weights of a network when they are loaded; for a teacher with a LoRA file.
+    adapt: Callable[[ModelMixin], None] | None = None
+    # Whether `call` leaves out the padding of texts of different lengths: it gets `NAME_mask`, bool, (B, L), beside
+    # every field NAME that is padded, and none where all rows are as long.
+    takes_mask: bool = False
+    # Whether some of the network's weights have no influence on what it gives, and so get no gradient: DDP has to look
+    # for them.
+    has_idle_weights: bool = False
+    # Of the published model, for `cdm doctor` where that is not on this machine: arguments of its scheduler and its
+    # autoencoder. Its text encoders are the conditioner's to say.
+    published_scheduler: dict[str, Any] = {}
+    published_vae: dict[str, Any] = VAE_16
 
-    def __init__(self, pretrained: Optional[str] = None, config: Union[None, str, Dict[str, Any]] = None,
-                 conditioner: Optional[Dict] = None, codec: Optional[Dict] = None, scheduler: Optional[Dict] = None,
-                 subfolder: str = 'transformer', dtype: str = 'float32', attention: str = 'auto',
-                 compile: bool = False, quantization: Optional[Dict[str, Any]] = None, **load_kwargs: Any) -> None:
+    def __init__(self, pretrained: str | None = None, config: None | str | dict[str, Any] = None,
+                 conditioner: dict | nn.Module | None = None, codec: dict | nn.Module | None = None,
+                 scheduler: dict | None = None, subfolder: str = 'transformer', dtype: str = 'float32',
+                 attention: str = 'auto', compile: bool = False,
+                 quantization: dict[str, Any] | None = None, **load_kwargs: Any) -> None:
         super().__init__()
+        self.check_stated()
         if pretrained is None and config is None:
             raise ValueError('model.backbone needs pretrained (hub id or folder) or config (dimensions of a new '
                              'network), but has neither')
@@ -88,15 +119,34 @@ class Backbone(nn.Module):
         self.dtype = check_dtype(dtype, 'model.backbone.dtype')
         self.attention, self.compile, self.quantization = kernels.check_name(attention), compile, quantization
         self.config = self._load_config(config)
+        for key, stated in dict(in_channels='latent_channels', sample_size='default_latent_size').items():
+            if key not in self.config and getattr(type(self), stated) is getattr(Backbone, stated):
+                raise ValueError(f'{type(self).__name__} lacks {stated}: the config of a {self.network_class.__name__} '
+                                 f'has no {key!r} to take it from')
+        self.check_config()
         parts = self._saved_parts()
         self.scheduler = self._load_scheduler(scheduler)
         self.conditioner: Conditioner = self._build_part('conditioner', conditioner or parts.get('conditioner'))
         self.codec: Codec = self._build_part('codec', codec or parts.get('codec'))
         self.requires_grad_(False)
 
+    def check_stated(self) -> None:
+        """Raises ValueError if the class lacks what every backbone has to state, and names all of it."""
+        lacks = [name for name in ('call', 'condition_widths')
+                 if getattr(type(self), name) is getattr(Backbone, name)]
+        network_class = getattr(self, 'network_class', None)
+        builds = any('build_network' in vars(base) for base in type(self).__mro__
+                     if base is not Backbone and issubclass(base, Backbone))
+        kinds = (nn.Module,) if builds else (ModelMixin, ConfigMixin)
+        if not (inspect.isclass(network_class) and all(issubclass(network_class, kind) for kind in kinds)):
+            lacks.insert(0, f'network_class (a {" and ".join(kind.__name__ for kind in kinds)})')
+        if lacks:
+            raise ValueError(f'the backbone {type(self).__name__} lacks {", ".join(lacks)}: see '
+                             'cdm_plugin/backbones/base.py')
+
     # Loading and saving
 
-    def build_network(self, dtype: Optional[torch.dtype] = None) -> ModelMixin:
+    def build_network(self, dtype: torch.dtype | None = None) -> ModelMixin:
         """A network of its own, with the pretrained weights or, from `config`, new ones.
 
         Args:
@@ -107,28 +157,33 @@ class Backbone(nn.Module):
         """
         return self.compile_blocks(self.load_network(dtype))
 
-    def load_network(self, dtype: Optional[torch.dtype] = None) -> ModelMixin:
+    def load_network(self, dtype: torch.dtype | None = None) -> ModelMixin:
         """The network as `build_network` has it, before its blocks are compiled."""
         dtype = dtype or self.dtype
         if self.pretrained is not None:
-            return self._load_pretrained(dtype)
-        network = self.network_class.from_config(self.config)
-        return network if network.dtype == dtype else network.to(dtype)
+            network = self._load_pretrained(dtype)
+        else:
+            network = self.network_class.from_config(self.config)
+            network = network if network.dtype == dtype else network.to(dtype)
+        if self.adapt is not None:
+            self.adapt(network)
+        return keep_norms_exact(network)
 
-    def empty_network(self, dtype: Optional[torch.dtype] = None) -> ModelMixin:
+    def empty_network(self, dtype: torch.dtype | None = None) -> ModelMixin:
         """A network of shapes without memory, on the meta device."""
         with torch.device('meta'):
             network = self.network_class.from_config(self.config)
-        return nn.Module.to(network, dtype or self.dtype)  # diffusers' own `to` warns of what does not matter here
+        # Diffusers' own `to` warns of what does not matter here.
+        return keep_norms_exact(nn.Module.to(network, dtype or self.dtype))
 
     def compile_blocks(self, network: ModelMixin) -> ModelMixin:
         """The network, its repeated blocks compiled if `compile` asks for it."""
         if self.compile:
             network._repeated_blocks = list(self.repeated_blocks)
-            # The rollout's batch shrinks, and three roles call the blocks with and without gradient: with torch's
-            # limit of 8 variants the rest would run uncompiled.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             network.compile_repeated_blocks(dynamic=True)
+            for block in network.modules():
+                if block._compiled_call_impl is not None:
+                    block._compiled_call_impl = _with_more_variants(block._compiled_call_impl)
         return network
 
     def _load_pretrained(self, dtype: torch.dtype) -> ModelMixin:
@@ -154,13 +209,17 @@ class Backbone(nn.Module):
         """Diffusers' pipeline of this architecture."""
         return getattr(diffusers, self.pipeline_name)
 
-    def pipeline_defaults(self) -> Dict[str, Any]:
+    def pipeline_defaults(self) -> dict[str, Any]:
         """The usual settings of the undistilled model, the defaults of its pipeline: `guidance_scale`,
         `num_inference_steps`."""
         parameters = inspect.signature(self.pipeline_class().__call__).parameters
         return {name: parameters[name].default for name in ('guidance_scale', 'num_inference_steps')}
 
-    def save_pretrained(self, network: Optional[ModelMixin], folder: Union[str, Path], **recipe: Any) -> None:
+    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call that ask for classifier-free guidance of this scale; 1 is off."""
+        return dict(guidance_scale=scale)
+
+    def save_pretrained(self, network: ModelMixin | None, folder: str | Path, **recipe: Any) -> None:
         """Writes a folder that `pretrained` opens: the network and the scheduler in diffusers' layout (safetensors),
         and the configs of the conditioner and codec (text encoders and VAE stay where they came from).
 
@@ -174,11 +233,11 @@ class Backbone(nn.Module):
         if network is not None:
             network.save_pretrained(folder / 'transformer', safe_serialization=True)
         self.scheduler.save_pretrained(folder / 'scheduler')
-        parts = {'backbone': type(self).__name__, 'conditioner': self.conditioner.to_config(),
-                 'codec': self.codec.to_config(), **recipe}
+        parts = masked({'backbone': type(self).__name__, 'conditioner': self.conditioner.to_config(),
+                        'codec': self.codec.to_config(), **recipe})
         (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + '\n')
 
-    def _load_config(self, config: Union[None, str, Dict[str, Any]]) -> Dict[str, Any]:
+    def _load_config(self, config: None | str | dict[str, Any]) -> dict[str, Any]:
         if isinstance(config, str):
             path = Path(resolve(config))
             if not path.is_file():
@@ -197,7 +256,7 @@ class Backbone(nn.Module):
                                  'correct it')
         return loaded
 
-    def _pretrained_config(self) -> Dict[str, Any]:
+    def _pretrained_config(self) -> dict[str, Any]:
         try:
             loaded = dict(self.network_class.load_config(
                 self.pretrained, subfolder=self.subfolder, **self._hub_kwargs))
@@ -214,13 +273,13 @@ class Backbone(nn.Module):
         if found != self.network_class.__name__:
             fitting = [name for name, cls in MODELS.module_dict.items()
                        if inspect.isclass(cls) and issubclass(cls, Backbone) and cls is not Backbone
-                       and cls.network_class.__name__ == found]
+                       and getattr(getattr(cls, 'network_class', None), '__name__', None) == found]
             advice = f"set model.backbone.type='{fitting[0]}'" if fitting else 'no registered backbone takes that'
             raise ValueError(f'model.backbone.type={type(self).__name__} takes a {self.network_class.__name__}, but '
                              f'{self.pretrained!r} has a {found}: {advice}')
         return self._with_defaults(loaded, check=False)
 
-    def _with_defaults(self, config: Dict[str, Any], check: bool = True) -> Dict[str, Any]:
+    def _with_defaults(self, config: dict[str, Any], check: bool = True) -> dict[str, Any]:
         """The config completed by the network class's defaults."""
         parameters = inspect.signature(self.network_class.__init__).parameters
         known = {k: p.default for k, p in parameters.items() if k != 'self'}
@@ -231,53 +290,52 @@ class Backbone(nn.Module):
         return {**known, **config}
 
     @property
-    def _hub_kwargs(self) -> Dict[str, Any]:
+    def _hub_kwargs(self) -> dict[str, Any]:
         """Those of load_kwargs that config files take too."""
         return {k: v for k, v in self.load_kwargs.items() if k in HUB_KEYS}
 
-    def _load_scheduler(self, scheduler: Optional[Dict[str, Any]]) -> FlowMatchEulerDiscreteScheduler:
+    def _load_scheduler(self, scheduler: dict[str, Any] | None) -> FlowMatchEulerDiscreteScheduler:
         if scheduler is not None or self.pretrained is None:
             made = FlowMatchEulerDiscreteScheduler(**(scheduler or {}))
         else:
             made = FlowMatchEulerDiscreteScheduler.from_pretrained(
                 self.pretrained, subfolder='scheduler', **self._hub_kwargs)
-        for key in ('shift_terminal', 'invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas',
+        for key in ('invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas',
                     'stochastic_sampling'):
             if made.config.get(key):
                 raise ValueError(f'model.backbone.scheduler: {key}={made.config[key]!r} is not supported, its levels '
                                  'depend on the whole grid; set model.backbone.scheduler=dict(shift=...) instead')
         return made
 
-    def _saved_parts(self) -> Dict[str, Any]:
-        path = Path(self.pretrained or '', PARTS_FILE)
-        if self.pretrained is None or not path.is_file():
-            return {}
-        parts = json.loads(path.read_text())
+    def _saved_parts(self) -> dict[str, Any]:
+        parts = {} if self.pretrained is None else read_parts(self.pretrained)
         for part in (parts.get('conditioner'), parts.get('codec')):
             if part and part.get('pretrained') == '.':  # it lies in the folder itself, wherever that is now
                 part['pretrained'] = self.pretrained
         return parts
 
-    def _build_part(self, name: str, cfg: Optional[Dict[str, Any]]) -> nn.Module:
+    def _build_part(self, name: str, cfg: dict[str, Any] | None) -> nn.Module:
         default = self.default_parts().get(name)
         if cfg is None:
             cfg = default
         elif isinstance(cfg, dict) and 'type' not in cfg:  # single arguments of the default part
             cfg = {**(default or {}), **cfg}
         if not cfg or (isinstance(cfg, dict) and 'type' not in cfg):
-            raise ValueError(f'model.backbone.{name} is missing: pretrained={self.pretrained!r} brings none')
+            stated = '' if name == 'codec' or self.conditioner_type else (
+                f', and {type(self).__name__} states no conditioner_type')
+            raise ValueError(f'model.backbone.{name} is missing: pretrained={self.pretrained!r} brings none{stated}')
         return MODELS.build(dict(cfg)) if isinstance(cfg, dict) else cfg
 
-    def default_parts(self) -> Dict[str, Dict[str, Any]]:
+    def default_parts(self) -> dict[str, dict[str, Any]]:
         """Configs of the conditioner and codec of the pretrained pipeline; empty for a network with new weights."""
         if self.pretrained is None:
             return {}
         # A local folder without text encoders or VAE (a class-conditional model) has no such default.
         local, parts = Path(self.pretrained).is_dir(), {}
-        if not local or Path(self.pretrained, 'text_encoder').is_dir():
+        if self.conditioner_type and (not local or Path(self.pretrained, 'text_encoder').is_dir()):
             parts['conditioner'] = dict(type=self.conditioner_type, pretrained=self.pretrained, **self.load_kwargs)
         if not local or Path(self.pretrained, 'vae').is_dir():
-            parts['codec'] = dict(type='VAECodec', pretrained=self.pretrained, **self.load_kwargs)
+            parts['codec'] = dict(type=self.codec_type, pretrained=self.pretrained, **self.load_kwargs)
         saved = self._saved_parts()
         for name in ('conditioner', 'codec'):
             if saved.get(name):  # without `type`: single arguments of what lies in the folder
@@ -285,6 +343,25 @@ class Backbone(nn.Module):
         return parts
 
     # Conventions of the architecture
+
+    @property
+    def repeated_blocks(self) -> Sequence[str]:
+        """Class names of the blocks that repeat, the units of compilation, measuring and sharding: diffusers' list."""
+        return tuple(self.network_class._repeated_blocks or self.network_class._no_split_modules or ())
+
+    def check_config(self) -> None:
+        """Raises ValueError if the network is none that `call` can call. Any that takes more channels than it gives
+        back is such: it needs masked or control images, which nothing here hands over."""
+        taken, given = self.config.get('in_channels'), self.output_channels()
+        if given is not None and taken != given:
+            where = 'model.backbone.config' if self.pretrained is None else (
+                f'model.backbone.pretrained={self.pretrained!r}')
+            raise ValueError(f'the network of {where} takes {taken} channels and gives {given}: it needs an image '
+                             'beside the noisy latents (to fill or to follow); take the text-to-image model')
+
+    def output_channels(self) -> int | None:
+        """Channels that the network gives back, counted as `in_channels`; None if its config does not say."""
+        return self.config.get('out_channels')
 
     def velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """The network's velocity at (x, sigma).
@@ -297,33 +374,70 @@ class Backbone(nn.Module):
 
         Returns:
             Tensor: (B, C, h, w), float32 (float64 from a float64 network).
-        """
-        dtype = dtype_of(network)
-        fields = {name: t.to(dtype) for name, t in condition.fields.items()}
-        return full_precision(self.call(network, x.to(dtype), sigma, fields))
 
-    def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: Dict[str, Tensor]) -> Tensor:
-        """Calls the network in its own convention; inputs have the network's dtype, sigma is float32 or wider."""
+        Raises:
+            ValueError: If the condition is padded, and the network takes no mask.
+        """
+        self._check_masks(condition)
+        dtype = dtype_of(network)
+        fields = {name: t.to(dtype) if t.is_floating_point() else t for name, t in condition.fields.items()}
+        with self._unrounded(network, sigma):
+            velocity = self.call(network, x.to(dtype), sigma, fields)
+        if getattr(velocity, 'shape', None) != x.shape:
+            raise ValueError(f'{type(self).__name__}.call must return the velocity, a tensor {tuple(x.shape)}, but '
+                             f'returned a {type(velocity).__name__} {tuple(getattr(velocity, "shape", ()))}')
+        return full_precision(velocity)
+
+    def _unrounded(self, network: nn.Module, sigma: Tensor) -> contextlib.AbstractContextManager:
+        if self.time_scale is None:
+            return contextlib.nullcontext()
+        network = unwrap(network)
+        network = getattr(network, 'base', network)  # of an adapter
+        return unrounded(network.get_submodule(f'{self.time_embedder}.time_proj'),
+                         [self.time_scale * value for value in self.embedded_values(sigma)])
+
+    def embedded_values(self, sigma: Tensor) -> list[Tensor]:
+        """What the network embeds by sinusoids, in that order, each (B,): here the noise levels alone."""
+        return [sigma]
+
+    def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: dict[str, Tensor]) -> Tensor:
+        """Calls the network in its own convention; x and the fields that are no masks or ids have the network's dtype,
+        sigma is float32 or wider."""
         raise NotImplementedError
 
-    def condition_widths(self) -> Dict[str, int]:
+    def condition_widths(self) -> dict[str, int]:
         """Last dimension that the network expects of each field of a condition."""
         raise NotImplementedError
+
+    def empty_condition(self, tokens: int) -> Condition:
+        """A condition of one row and so many tokens, on the meta device: shapes without memory."""
+        return Condition({name: torch.empty((1, width) if 'pooled' in name else (1, tokens, width), device='meta')
+                          for name, width in self.condition_widths().items()})
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return self.config['in_channels']
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance of two velocities, (B, C, h, w), as the architecture's pipeline does it."""
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+        """Classifier-free guidance of two velocities, (B, C, h, w), as the architecture's pipeline does it.
+
+        Args:
+            conditional (Tensor): The velocity with the prompt.
+            unconditional (Tensor): The one with the null condition.
+            scale (float or Tensor): What `guidance_at` says; 1 is off.
+        """
         return unconditional + scale * (conditional - unconditional)
 
-    def default_latent_size(self) -> Tuple[int, int]:
+    def guidance_at(self, scale: float, sigma: Tensor) -> float | Tensor:
+        """The guidance scale at noise levels (B,), a number or (B, 1, 1, 1): here the same at all of them."""
+        return scale
+
+    def default_latent_size(self) -> tuple[int, int]:
         """Height and width of the latents that the network was made for."""
         return (self.config['sample_size'],) * 2
 
-    def check_latent_size(self, latent_size: Tuple[int, int], image_size: Any) -> None:
+    def check_latent_size(self, latent_size: tuple[int, int], image_size: Any) -> None:
         """Raises ValueError if the network cannot take latents of this size; `image_size` is named in the error."""
         limit = self.patch * (self.config.get('pos_embed_max_size') or 10**9)
         if any(side % self.patch or side > limit for side in latent_size):
@@ -332,15 +446,34 @@ class Backbone(nn.Module):
             raise ValueError(f'image size {image_size!r} (model.image_size, --height, --width) does not fit: height '
                              f'and width must be multiples of {unit} pixels{most}')
 
-    def tokens(self, latent_size: Tuple[int, int]) -> int:
+    def tokens(self, latent_size: tuple[int, int]) -> int:
         """Number of image tokens for latents of this height and width."""
         return (latent_size[0] // self.patch) * (latent_size[1] // self.patch)
 
     def time_embedding_width(self) -> int:
         """Width of the time embedding."""
+        try:
+            return self.width
+        except KeyError as error:
+            raise ValueError(f'{type(self).__name__} lacks time_embedding_width, which model.anchor_aware_fake needs: '
+                             f'the config of a {self.network_class.__name__} has no {error}') from None
+
+    @property
+    def width(self) -> int:
+        """Width of the image tokens."""
         return self.config['num_attention_heads'] * self.config['attention_head_dim']
 
-    def shift(self, latent_size: Tuple[int, int]) -> float:
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The blocks of a network that image tokens go through, in their order."""
+        return [module for module in network.modules() if type(module).__name__ in self.repeated_blocks]
+
+    def feature_map(self, output: Any, latent_size: tuple[int, int]) -> Tensor:
+        """The image tokens that a block gives, beside those of the text or behind them, as a map (B, D, h, w)."""
+        tokens = output[-1] if isinstance(output, tuple) else output
+        rows, columns = (side // self.patch for side in latent_size)
+        return tokens[:, -rows * columns:].transpose(1, 2).unflatten(2, (rows, columns))
+
+    def shift(self, latent_size: tuple[int, int]) -> float:
         """The scheduler's shift for latents of this height and width: its constant, or exp(mu) with mu linear in the
         number of image tokens (dynamic shifting)."""
         config = self.scheduler.config
@@ -351,13 +484,24 @@ class Backbone(nn.Module):
             self.tokens(latent_size) - config.base_image_seq_len) / span
         return math.exp(mu) if config.time_shift_type == 'exponential' else mu
 
-    def shift_sigmas(self, sigmas: Tensor, latent_size: Tuple[int, int]) -> Tensor:
-        """The scheduler's own shift of noise levels, (N,) -> (N,)."""
+    def shift_sigmas(self, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """The scheduler's own shift of single noise levels, (N,) -> (N,)."""
         return shift_sigmas(sigmas, self.shift(latent_size))
+
+    def shift_grid(self, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """What the scheduler makes of a list of noise levels, descending from 1, (N,) -> (N,): the shift of each and,
+        with `shift_terminal`, the whole list stretched so that it ends there.
+
+        The grids of training are such lists, so their levels are those of a pipeline that is given the same list. With
+        `shift_terminal` the last of them is always that level, however few they are: of 4 steps with 0.02, the last
+        one has next to nothing to do. Levels that are drawn one by one (flow matching) belong to no list.
+        """
+        shifted, last = self.shift_sigmas(sigmas, latent_size), self.scheduler.config.shift_terminal
+        return stretch_sigmas(shifted, last) if last else shifted
 
     # Between the batch and the network
 
-    def condition(self, data: Dict[str, Any]) -> Condition:
+    def condition(self, data: dict[str, Any]) -> Condition:
         """The condition of a batch: its precomputed embeddings, or its prompts encoded.
 
         Args:
@@ -373,8 +517,39 @@ class Backbone(nn.Module):
         self.check_condition(condition)
         return condition
 
+    def latent_size_of(self, batch: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Height and width of the latents of a batch's pictures or pairs; None if it has none.
+
+        Raises:
+            ValueError: If it has both, of two sizes.
+        """
+        sizes = {tuple(batch[name].shape[-2:]) for name in ('latents', 'pair_latents') if batch.get(name) is not None}
+        if batch.get('latents') is None and batch.get('image') is not None:
+            sizes.add(self.codec.latent_size(*batch['image'].shape[-2:]))
+        if len(sizes) > 1:
+            raise ValueError(f'the pictures and the pairs of a batch have latents of {sorted(sizes)}: bring the '
+                             'pictures to the size of the pairs, or make these with --height and --width')
+        return next(iter(sizes), None)
+
+    def real_latents(self, batch: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The latents of a batch's own pictures, (B, C, h, w); `dtype` is that of the arithmetic.
+
+        Raises:
+            ValueError: If the batch has no pictures, or the network cannot take their size.
+        """
+        latents = batch.get('latents')
+        if latents is None:
+            if batch.get('image') is None:
+                raise ValueError(f"real pictures are needed, but the batch has only {sorted(batch)}; name the field "
+                                 "with the transform dict(type='PackInputs', image=...)")
+            latents = self.codec.encode(batch['image'].to(dtype))
+        self.check_latent_size(tuple(latents.shape[-2:]), tuple(s * self.codec.scale for s in latents.shape[-2:]))
+        return latents.to(dtype)
+
     def check_condition(self, condition: Condition) -> None:
-        """Raises ValueError if a field is absent or its width is not the network's."""
+        """Raises ValueError if a field is absent, its width is not the network's, or it is padded and its mask is no
+        mask or the network takes none."""
+        self._check_masks(condition)
         for name, width in self.condition_widths().items():
             if name not in condition.fields:
                 raise ValueError(f'{type(self).__name__} needs the field {name!r} in a condition, but there are '
@@ -383,3 +558,15 @@ class Backbone(nn.Module):
             if got != width:
                 raise ValueError(f'embeddings {name!r} have width {got}, but the network (model.backbone) expects '
                                  f'{width}: they come from other text encoders or another conditioner')
+
+    def _check_masks(self, condition: Condition) -> None:
+        for name in condition.masked:
+            field, mask = condition.fields[name], condition.fields[name + MASK]
+            if not self.takes_mask:
+                raise ValueError(
+                    f'{type(self).__name__} (model.backbone) attends to all tokens, so every text needs as many, but '
+                    f'rows of {name!r} have {sorted(set(mask.sum(1).tolist()))}: pad prompts and null condition to one '
+                    'length in the text encoder (model.backbone.conditioner) and encode them again')
+            if mask.dtype != torch.bool or mask.shape != field.shape[:2]:
+                raise ValueError(f'{name + MASK!r} must be bool, {tuple(field.shape[:2])}, but is {mask.dtype}, '
+                                 f'{tuple(mask.shape)}: make conditions with Condition.of_rows')

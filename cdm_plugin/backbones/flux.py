@@ -1,76 +1,66 @@
 """Flux: tokens of 2x2 latents as in LongCat-Image, text from CLIP and T5, and guidance that may be embedded."""
 import functools
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, ModelMixin
+from diffusers import FluxTransformer2DModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from cdm_plugin.backbones.base import Backbone, pack, unpack
-from cdm_plugin.conditioners import PipelineConditioner, TokenCount
+from cdm_plugin.backbones.base import pack, unpack
+from cdm_plugin.backbones.embedded_guidance import EmbeddedGuidance
+from cdm_plugin.backbones.published import DYNAMIC_SHIFT
+from cdm_plugin.conditioners import Encoder, LimitedPipelineConditioner, TokenCount
 
 
 @functools.lru_cache(maxsize=64)
-def position_ids(text_tokens: int, height: int, width: int, device: torch.device) -> Tuple[Tensor, Tensor]:
+def position_ids(text_tokens: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions of text (L, 3), all zero, and of image tokens (height width, 3), (0, row, column); made once a size."""
     with torch.device(device):
         return torch.zeros(text_tokens, 3), torch.cartesian_prod(*(torch.arange(n).float() for n in (1, height, width)))
 
 
 @MODELS.register_module()
-class FluxBackbone(Backbone):
+class FluxBackbone(EmbeddedGuidance):
     """Flux.1: diffusers' FluxTransformer2DModel. Its timestep is sigma itself.
 
-    Args:
-        embedded_guidance (float, optional): Guidance that a guidance-distilled network (`guidance_embeds`) is told,
-            in every call. Default: what an exported folder says, else 3.5.
-        *args, **kwargs: As in `Backbone`. `guidance_scale` in sampling is classifier-free guidance, the pipeline's
-            `true_cfg_scale`.
+    Arguments as in `EmbeddedGuidance`, of which Flux.1-dev's usual one is 3.5; `guidance_scale` in sampling is the
+    pipeline's `true_cfg_scale`.
     """
     network_class = FluxTransformer2DModel
     pipeline_name = 'FluxPipeline'
     conditioner_type = 'FluxTextConditioner'
     time_embedder = 'time_text_embed'
-    repeated_blocks = tuple(FluxTransformer2DModel._repeated_blocks)
+    time_scale = 1000
     patch = 2
+    published_scheduler = DYNAMIC_SHIFT
+    published_guidance = 3.5
 
-    def __init__(self, *args: Any, embedded_guidance: Optional[float] = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        saved = self._saved_parts().get('embedded_guidance', 3.5)
-        self.embedded_guidance = saved if embedded_guidance is None else embedded_guidance
-
-    def save_pretrained(self, network: ModelMixin, folder: Union[str, Path], **recipe: Any) -> None:
-        super().save_pretrained(network, folder, embedded_guidance=self.embedded_guidance, **recipe)
-
-    def pipeline_defaults(self) -> Dict[str, Any]:
-        """As in `Backbone`; the pipeline's own `guidance_scale` is the embedded one."""
-        return {**super().pipeline_defaults(), 'guidance_scale': 1.0}
+    def pipeline_guidance(self, scale: float) -> dict[str, Any]:
+        return dict(super().pipeline_guidance(scale), true_cfg_scale=scale)
 
     @property
     def latent_channels(self) -> int:
         return self.config['in_channels'] // 4
 
-    def default_latent_size(self) -> Tuple[int, int]:
+    def default_latent_size(self) -> tuple[int, int]:
         return 128, 128
 
-    def condition_widths(self) -> Dict[str, int]:
+    def condition_widths(self) -> dict[str, int]:
         return dict(encoder_hidden_states=self.config['joint_attention_dim'],
                     pooled_projections=self.config['pooled_projection_dim'])
 
-    def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: Dict[str, Tensor]) -> Tensor:
+    def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: dict[str, Tensor]) -> Tensor:
         text, (height, width) = fields['encoder_hidden_states'], x.shape[2:]
         txt_ids, img_ids = position_ids(text.shape[1], height // 2, width // 2, x.device)
-        guidance = torch.full_like(sigma, self.embedded_guidance) if self.config['guidance_embeds'] else None
         tokens = network(hidden_states=pack(x), timestep=sigma, encoder_hidden_states=text, txt_ids=txt_ids,
-                         img_ids=img_ids, pooled_projections=fields['pooled_projections'], guidance=guidance,
-                         return_dict=False)[0]
+                         img_ids=img_ids, pooled_projections=fields['pooled_projections'],
+                         guidance=self.guidance_told(sigma), return_dict=False)[0]
         return unpack(tokens, height, width)
 
 
 @MODELS.register_module()
-class FluxTextConditioner(PipelineConditioner):
+class FluxTextConditioner(LimitedPipelineConditioner):
     """Flux's own text encoders, through `FluxPipeline.encode_prompt`: CLIP's pooled vector and T5's tokens.
 
     Args:
@@ -79,18 +69,15 @@ class FluxTextConditioner(PipelineConditioner):
         **kwargs: See `PipelineConditioner`: `negative_prompt`, `dtype`, `offload`, `revision`, ...
     """
     pipeline_name = 'FluxPipeline'
+    published_encoders = (Encoder('text_encoder', 'CLIP-L', 123_060_480),
+                          Encoder('text_encoder_2', 'T5-XXL', 4_762_310_656))
 
-    def __init__(self, pretrained: str, max_sequence_length: int = 512, **kwargs: Any) -> None:
-        self.max_sequence_length = max_sequence_length
-        super().__init__(pretrained, **kwargs)
-        self._config.update(max_sequence_length=max_sequence_length)
-
-    def encode_texts(self, prompts: List[str]) -> Dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         tokens, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts, device=self.device, max_sequence_length=self.max_sequence_length)
         return dict(encoder_hidden_states=tokens, pooled_projections=pooled)
 
-    def count_tokens(self, prompts: List[str]) -> List[TokenCount]:
+    def count_tokens(self, prompts: list[str]) -> list[TokenCount]:
         return [TokenCount(name, limit, [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids])
                 for name, tokenizer, limit in (
                     ('CLIP', self.pipeline.tokenizer, self.pipeline.tokenizer_max_length),

@@ -1,4 +1,6 @@
-from typing import Any, Dict, List
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -6,7 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from cdm_plugin.backbones.base import Backbone
-from cdm_plugin.conditioners import PipelineConditioner, TokenCount
+from cdm_plugin.conditioners import Encoder, PipelineConditioner, TokenCount
 
 
 @MODELS.register_module()
@@ -20,18 +22,18 @@ class SD3Backbone(Backbone):
     pipeline_name = 'StableDiffusion3Pipeline'
     conditioner_type = 'SD3TextConditioner'
     time_embedder = 'time_text_embed'
-    repeated_blocks = ('JointTransformerBlock',)
+    published_scheduler = dict(shift=3.0)
 
     @property
     def patch(self) -> int:
         """Latents a token covers, per side."""
         return self.config['patch_size']
 
-    def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: Dict[str, Tensor]) -> Tensor:
+    def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: dict[str, Tensor]) -> Tensor:
         return network(hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=fields['encoder_hidden_states'],
                        pooled_projections=fields['pooled_projections'], return_dict=False)[0]
 
-    def condition_widths(self) -> Dict[str, int]:
+    def condition_widths(self) -> dict[str, int]:
         return dict(encoder_hidden_states=self.config['joint_attention_dim'],
                     pooled_projections=self.config['pooled_projection_dim'])
 
@@ -48,28 +50,47 @@ class SD3TextConditioner(PipelineConditioner):
         **kwargs: See `PipelineConditioner`: `negative_prompt`, `dtype`, `offload`, `revision`, ...
     """
     pipeline_name = 'StableDiffusion3Pipeline'
+    published_encoders = (Encoder('text_encoder', 'CLIP-L', 123_650_304),
+                          Encoder('text_encoder_2', 'OpenCLIP bigG', 694_659_840),
+                          Encoder('text_encoder_3', 'T5-XXL', 4_762_310_656))
+
+    @classmethod
+    def expected_encoders(cls, folder: Path | None, t5: bool = True, **arguments: Any) -> Sequence[Encoder]:
+        found = super().expected_encoders(folder)
+        others = [encoder for encoder in found if encoder.part != 'text_encoder_3']
+        if t5 and len(others) == len(found):
+            raise cls.without_t5(folder)
+        return found if t5 else others
+
+    @classmethod
+    def expected_tokens(cls, max_sequence_length: int = 256, **arguments: Any) -> int:
+        return 77 + max_sequence_length  # the first two encoders' and T5's
+
+    @staticmethod
+    def without_t5(pretrained: str | Path) -> ValueError:
+        return ValueError(f"'{pretrained}' has no T5 (text_encoder_3): set model.backbone.conditioner.t5=False")
 
     def __init__(self, pretrained: str, t5: bool = True, max_sequence_length: int = 256, **kwargs: Any) -> None:
         self.t5, self.max_sequence_length = t5, max_sequence_length
         super().__init__(pretrained, **kwargs)
         self._config.update(t5=t5, max_sequence_length=max_sequence_length)
 
-    def components(self, pretrained: str, **hub_kwargs: Any) -> Dict[str, Any]:
+    def components(self, pretrained: str, **hub_kwargs: Any) -> dict[str, Any]:
         parts = self.pipeline_class().load_config(pretrained, **hub_kwargs)
         if self.t5 and (parts.get('text_encoder_3') or [None])[0] is None:
-            raise ValueError(f'{pretrained!r} has no T5 (text_encoder_3): set model.backbone.conditioner.t5=False')
+            raise self.without_t5(pretrained)
         with torch.device('meta'):  # encode_prompt asks the network for its width, and for nothing else
             network = SD3Transformer2DModel.from_config(
                 SD3Transformer2DModel.load_config(pretrained, subfolder='transformer', **hub_kwargs))
         return dict(transformer=network, vae=None, **({} if self.t5 else dict(text_encoder_3=None, tokenizer_3=None)))
 
-    def encode_texts(self, prompts: List[str]) -> Dict[str, Tensor]:
+    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor]:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length, device=self.device)
         return dict(encoder_hidden_states=tokens, pooled_projections=pooled)
 
-    def count_tokens(self, prompts: List[str]) -> List[TokenCount]:
+    def count_tokens(self, prompts: list[str]) -> list[TokenCount]:
         limit = self.pipeline.tokenizer_max_length
         tokenizers = [('CLIP', self.pipeline.tokenizer, limit), ('T5', self.pipeline.tokenizer_3,
                                                                  self.max_sequence_length)]

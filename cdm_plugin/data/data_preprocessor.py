@@ -1,4 +1,5 @@
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -6,8 +7,11 @@ from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
 from torch import Tensor
 
-Prompts = Union[List[str], Tensor]
-KEYS = ('prompt', 'condition', 'image')
+from cdm_plugin.condition import Condition, check_embeddings, is_mask
+
+Prompts = list[str] | Tensor
+MAPS = ('image', 'latents', 'pair_noise', 'pair_latents')
+KEYS = ('prompt', 'condition', *MAPS, 'meta')
 
 
 @MODELS.register_module()
@@ -22,8 +26,8 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
     def __init__(self, non_blocking: bool = True) -> None:
         super().__init__(non_blocking)
 
-    def forward(self, data: Union[Mapping[str, Any], Sequence[Mapping[str, Any]]],
-                training: bool = False) -> Dict[str, Any]:
+    def forward(self, data: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+                training: bool = False) -> dict[str, Any]:
         """Batches samples.
 
         Args:
@@ -33,26 +37,32 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
 
         Returns:
             dict: `prompt` (list[str], or LongTensor (B,) of class labels), `condition` (dict of tensors, each
-            (B, ...)) and `image` (Tensor, (B, C, H, W), float32), as far as the samples have them.
+            (B, ...); texts of different lengths are padded to the longest, with masks, see `Condition`), `image`
+            (Tensor, (B, C, H, W), float32), `latents`, `pair_noise`, `pair_latents` (likewise) and `meta` (dict of
+            lists or batched tensors), as far as the samples have them.
 
         Raises:
-            ValueError: If samples differ in their fields or shapes, mix texts and labels, or have neither a prompt nor
-                a condition. The message names the field.
+            ValueError: If samples differ in their fields or shapes, mix texts and labels, have neither a prompt nor
+                a condition, or have embeddings that are not floating or not finite. The message names the field.
         """
         if not isinstance(data, Mapping):
             data = _transpose(data, 'sample', KEYS)
-        batch: Dict[str, Any] = {}
+        batch: dict[str, Any] = {}
         if 'prompt' in data:
             batch['prompt'] = _batch_prompts(data['prompt'])
         if 'condition' in data:
             batch['condition'] = _batch_condition(data['condition'])
-        if 'image' in data:
-            batch['image'] = _batch_images(data['image'])
+        for name in MAPS:
+            if name in data:
+                batch[name] = _batch_images(name, data[name])
+        if 'meta' in data:
+            meta = data['meta']
+            batch['meta'] = dict(meta) if isinstance(meta, Mapping) else _transpose(meta, 'meta')
         _check_batch(batch, data)
         return self.cast_data(batch)
 
 
-def _transpose(samples: Sequence[Any], what: str, keys: Optional[Tuple[str, ...]] = None) -> Dict[str, List[Any]]:
+def _transpose(samples: Sequence[Any], what: str, keys: tuple[str, ...] | None = None) -> dict[str, list[Any]]:
     for sample in samples:
         if not isinstance(sample, Mapping):
             raise ValueError(f'a {what} must be a dict of fields, but one of the batch is {_describe(sample)}')
@@ -66,7 +76,7 @@ def _transpose(samples: Sequence[Any], what: str, keys: Optional[Tuple[str, ...]
     return {name: [sample[name] for sample in samples] for name in names}
 
 
-def _batch_prompts(prompts: Union[Tensor, Sequence[Any]]) -> Prompts:
+def _batch_prompts(prompts: Tensor | Sequence[Any]) -> Prompts:
     if not isinstance(prompts, Tensor):
         are_texts = {isinstance(prompt, str) for prompt in prompts}
         if are_texts == {True}:
@@ -84,22 +94,33 @@ def _batch_prompts(prompts: Union[Tensor, Sequence[Any]]) -> Prompts:
     return labels.long()
 
 
-def _batch_condition(condition: Union[Mapping[str, Any], Sequence[Mapping[str, Any]]]) -> Dict[str, Tensor]:
+def _batch_condition(condition: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     if not isinstance(condition, Mapping):
         condition = _transpose(condition, 'condition')
-    return {name: _stack(f'condition.{name}', values) for name, values in condition.items()}
+    rows = {name: _rows(f'condition.{name}', values, 1 if is_mask(name, condition) else 2)
+            for name, values in condition.items()}
+    fields = Condition.of_rows(rows).fields
+    try:
+        check_embeddings(fields, 'the condition of a batch')
+    except ValueError:
+        for row in range(min(map(len, rows.values()))):
+            check_embeddings({name: values[row] for name, values in rows.items()}, f'sample {row} of a batch')
+        raise
+    return fields
 
 
-def _batch_images(images: Union[Tensor, Sequence[Any]]) -> Tensor:
-    batch = _stack('image', images)
+def _batch_images(name: str, images: Tensor | Sequence[Any]) -> Tensor:
+    rows = _rows(name, images)
+    batch = rows if isinstance(rows, Tensor) else torch.stack(rows)
     if batch.ndim != 4 or not batch.is_floating_point():
-        raise ValueError(f'the images of a batch must be float tensors (C, H, W) in [-1, 1], but stacked are '
-                         f"{_describe(batch)}: convert them in the dataset's pipeline, "
-                         "dict(type='PackInputs', image=...)")
+        raise ValueError(f'{name} of a batch must be float tensors (C, H, W), pixels in [-1, 1], but stacked are '
+                         f"{_describe(batch)}: convert them in the dataset's pipeline (dict(type='PackInputs', "
+                         'image=...) does so for images)')
     return batch.float()
 
 
-def _stack(name: str, values: Union[Tensor, Sequence[Any]]) -> Tensor:
+def _rows(name: str, values: Tensor | Sequence[Any], ragged: int = 99) -> Tensor | list[Tensor]:
+    """The rows of a field, of one dtype and shape; the length of rows of `ragged` or more dimensions may differ."""
     if isinstance(values, Tensor):
         return values
     for value in values:
@@ -108,27 +129,27 @@ def _stack(name: str, values: Union[Tensor, Sequence[Any]]) -> Tensor:
                              "dataset's pipeline (PackInputs does so for images)")
     tensors = [torch.as_tensor(value) for value in values]
     first = tensors[0]
+    start = int(first.ndim >= ragged)
     for other in tensors[1:]:
-        if other.shape != first.shape or other.dtype != first.dtype:
+        if other.shape[start:] != first.shape[start:] or other.ndim != first.ndim or other.dtype != first.dtype:
             raise ValueError(f'{name} differs within a batch: {_describe(first)} and {_describe(other)}; '
-                             f'{_advice(name, first, other)}')
-    return torch.stack(tensors)
+                             f'{_ADVICE.get(name, _ENCODER_ADVICE)}')
+    return tensors
 
 
-def _advice(name: str, first: Tensor, other: Tensor) -> str:
-    if name == 'image':
-        return "bring all images to one size and number of channels in the dataset's pipeline, before PackInputs"
-    if first.ndim == other.ndim >= 2 and first.shape[1:] == other.shape[1:] and first.dtype == other.dtype:
-        return 'pad all text embeddings to one length when you write them'
-    return 'write all text embeddings with one text encoder and one dtype, or keep them in separate trainings'
+_ADVICE = {
+    'image': "bring all images to one size and number of channels in the dataset's pipeline, before PackInputs",
+    'latents': 'bring all images to one size before they are encoded'}
+_ENCODER_ADVICE = 'write all text embeddings with one text encoder and one dtype, or keep them in separate trainings'
 
 
-def _check_batch(batch: Dict[str, Any], data: Mapping[str, Any]) -> None:
+def _check_batch(batch: dict[str, Any], data: Mapping[str, Any]) -> None:
     if 'prompt' not in batch and not batch.get('condition'):
         raise ValueError(f"a batch needs 'prompt' or 'condition', but has {sorted(map(str, data))}: name the field of "
                          "the prompts in the dataset's pipeline, dict(type='PackInputs', prompt=...)")
     rows = {f'condition.{name}': len(values) for name, values in batch.get('condition', {}).items()}
-    rows.update({name: len(batch[name]) for name in ('prompt', 'image') if name in batch})
+    rows.update({name: len(batch[name]) for name in ('prompt', *MAPS) if name in batch})
+    rows.update({f'meta.{name}': len(values) for name, values in batch.get('meta', {}).items()})
     if len(set(rows.values())) != 1:
         raise ValueError(f'the fields of a batch must have one row a sample, but have these numbers of rows: {rows}')
 

@@ -1,13 +1,14 @@
 import zipfile
 import zlib
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 from cdm_plugin.assets import resolve
-from cdm_plugin.data.images import to_image_tensor
+from cdm_plugin.data.images import read_image
 from cdm_plugin.data.pack_inputs import PackInputs
 
 
@@ -16,7 +17,7 @@ class ImageLabelDataset(BaseDataset):
     """Small images with class labels, from one `.npz` file that is held in memory.
 
     The file holds `images`, uint8, (N, H, W) or (N, H, W, C), and `labels`, integers, (N,). A sample holds `image`
-    (Tensor, (C, H, W), float32, in [-1, 1]) and `prompt` (int, the label).
+    (Tensor, (C, H, W), float32, in [-1, 1], see `read_image`) and `prompt` (int, the label).
 
     Args:
         data_file (str): The file; `asset:NAME` for one that comes with the package.
@@ -30,16 +31,16 @@ class ImageLabelDataset(BaseDataset):
         ValueError: If it is not such a file.
     """
 
-    def __init__(self, data_file: str, data_root: str = '', pipeline: Sequence[Union[dict, Callable]] = (PackInputs(),),
+    def __init__(self, data_file: str, data_root: str = '', pipeline: Sequence[dict | Callable] = (PackInputs(),),
                  **kwargs: Any) -> None:
         super().__init__(ann_file=resolve(data_file), data_root=resolve(data_root), pipeline=pipeline, **kwargs)
 
-    def load_data_list(self) -> List[Dict[str, int]]:
+    def load_data_list(self) -> list[dict[str, int]]:
         """Reads the file and lists its rows and labels."""
         self.images, labels = self._load()
         return [dict(row=row, prompt=int(label)) for row, label in enumerate(labels)]
 
-    def get_data_info(self, idx: int) -> Dict[str, Any]:
+    def get_data_info(self, idx: int) -> dict[str, Any]:
         """Raw sample, with its image.
 
         Args:
@@ -49,14 +50,14 @@ class ImageLabelDataset(BaseDataset):
             dict: `prompt`, `image`, and `sample_idx`.
         """
         sample = super().get_data_info(idx)
-        sample['image'] = to_image_tensor(self.images[sample.pop('row')])
+        sample['image'] = read_image(self.images[sample.pop('row')], channels=None)
         return sample
 
-    def get_cat_ids(self, idx: int) -> List[int]:
+    def get_cat_ids(self, idx: int) -> list[int]:
         """Label of one sample, as a list of one, for MMEngine's `ClassBalancedDataset`."""
         return [super().get_data_info(idx)['prompt']]
 
-    def _load(self) -> Tuple[np.ndarray, np.ndarray]:
+    def _load(self) -> tuple[np.ndarray, np.ndarray]:
         where = f'`data_file` {self.ann_file}'
         try:
             with np.load(self.ann_file, allow_pickle=False) as arrays:

@@ -1,18 +1,23 @@
-from typing import Any, Dict, List, Mapping, Optional, Union
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
-from cdm_plugin.data.images import to_image_tensor
-from cdm_plugin.data.sample import Sample
+from cdm_plugin.data.images import read_image
+from cdm_plugin.data.sample import Sample, SampleError
+from cdm_plugin.data.wrappers import leaves
 
 
 @TRANSFORMS.register_module()
 class PackInputs:
-    """Turns a raw sample of any dataset into a training sample: `prompt`, `image`, `condition`, and nothing else.
+    """Turns a raw sample of any dataset into a training sample: `prompt`, `image`, `condition`, `latents`, `meta`, and
+    nothing else.
 
     It is the one transform that a dataset of one's own needs, as the last of its pipeline. Under the default scope
     of a library with a `PackInputs` of its own (mmpretrain, mmagic), write `type='mmengine.PackInputs'`.
@@ -20,26 +25,37 @@ class PackInputs:
     Args:
         prompt (str): Field that holds the prompt, a text or a class label. May be absent from a sample that has a
             `condition`, unless it is named here. Default 'prompt'.
-        image (str, optional): Field that holds the image: uint8 pixels, (H, W) or (H, W, C) in RGB order, a PIL image
-            (gray stays one channel, all else becomes RGB), the path of an image file, or a finished float tensor
-            (C, H, W) in [-1, 1]. Default None: the field `image`, if there is one and it holds any of these but a path.
+        image (str, optional): Field that holds the image: the path of an image file, a PIL image, uint8 or uint16
+            pixels, (H, W) or (H, W, C) in RGB order, see `read_image`, or a finished float tensor (C, H, W) in [-1, 1].
+            Default None: the field `image`, if there is one and it holds any of these but a path.
+        channels (int): Channels of the images, 3, or 1 for a codec that takes gray ones. Finished tensors stay as they
+            are. Default 3.
+        background (str): Colour behind transparent pixels. Default 'white'.
+        channel_order (str, optional): 'rgb' or 'bgr', the order in arrays; OpenCV and the loaders of mmcv give BGR.
+            Default None: RGB, with a warning if such a loader stands in the pipeline.
+        meta (Sequence[str]): Fields to hand on as they are, in `meta`. Default none.
     """
 
-    def __init__(self, prompt: str = 'prompt', image: Optional[str] = None) -> None:
-        self.prompt, self.image = prompt, image
+    def __init__(self, prompt: str = 'prompt', image: str | None = None, channels: Literal[1, 3] = 3,
+                 background: str = 'white', channel_order: Literal['rgb', 'bgr'] | None = None,
+                 meta: Sequence[str] = ()) -> None:
+        ImageColor.getrgb(background)  # says what is wrong with it
+        self.prompt, self.image, self.meta = prompt, image, tuple(meta)
+        self.channels, self.background, self.channel_order = channels, background, channel_order
 
-    def __call__(self, sample: Dict[str, Any]) -> Dict[str, Any]:
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Packs one sample.
 
         Args:
             sample (dict): Raw sample.
 
         Returns:
-            dict: `prompt` (str or int), `image` (Tensor, (C, H, W), float, in [-1, 1]) and `condition` (dict of
-            tensors), as far as the sample has them.
+            dict: `prompt` (str or int), `image` (Tensor, (C, H, W), float, in [-1, 1]), `condition` (dict of tensors)
+            and `latents` (of the sample's field of this name, (C, h, w)), as far as the sample has them; `meta` (dict)
+            if it is asked for.
 
         Raises:
-            ValueError: If a named field is absent, or does not hold a prompt or an image.
+            SampleError: If a named field is absent, or does not hold a prompt or an image.
         """
         packed = Sample()
         # Cached embeddings stand in for a prompt, but a field that was asked for by name must be there.
@@ -50,48 +66,64 @@ class PackInputs:
             packed['image'] = self._image(self._field(sample, 'image', self.image or 'image'))
         if has_condition:
             packed['condition'] = Sample(sample['condition'])
+        if isinstance(sample.get('latents'), (Tensor, np.ndarray)):
+            packed['latents'] = torch.as_tensor(sample['latents'])
+        if self.meta:
+            packed['meta'] = Sample({name: self._field(sample, 'meta', name) for name in self.meta})
         return packed
 
     @staticmethod
-    def _field(sample: Dict[str, Any], key: str, name: str) -> Any:
+    def _field(sample: dict[str, Any], key: str, name: str) -> Any:
         if name not in sample:
-            raise ValueError(f'a sample has no field {name!r}, only {_names(sample)}: name the field that holds the '
+            raise SampleError(f'a sample has no field {name!r}, only {_names(sample)}: name the field that holds the '
                              f"{key} in the dataset's pipeline, dict(type='PackInputs', {key}=...)")
         return sample[name]
 
-    def _prompt(self, value: Any) -> Union[str, int]:
+    def _prompt(self, value: Any) -> str | int:
         if isinstance(value, str):
             return value
         if isinstance(value, (int, np.integer)) or _is_integer_scalar(value):
             return int(value)
-        raise ValueError(f'the field {self.prompt!r} of a sample is a {type(value).__name__}, but a prompt is a text '
+        raise SampleError(f'the field {self.prompt!r} of a sample is a {type(value).__name__}, but a prompt is a text '
                          "or a class label (int): name another field, dict(type='PackInputs', prompt=...)")
 
     def _image(self, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
             return value
-        if isinstance(value, str):
-            value = self._open(value)
-        if isinstance(value, Image.Image):
-            value = np.array(value.convert('L' if value.mode in ('1', 'L', 'LA') else 'RGB'))
-        if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3):
-            return to_image_tensor(value)
-        raise ValueError(f'the field {self.image or "image"!r} of a sample is {_describe(value)}, but an image is a '
-                         'uint8 array (H, W) or (H, W, C), a PIL image, a path, or a float tensor (C, H, W) in '
-                         '[-1, 1]: convert it before PackInputs, or name another field, '
-                         "dict(type='PackInputs', image=...)")
-
-    def _open(self, path: str) -> Image.Image:
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return image
-        except OSError as error:  # UnidentifiedImageError and a cut file are among them
-            raise ValueError(f'the field {self.image!r} of a sample names {path!r}, which is no readable image '
-                             f'({error}): check data_root and data_prefix of the dataset, and the file') from error
+        if isinstance(value, np.ndarray) and value.ndim == 3 and self.channel_order == 'bgr':
+            value = value[..., [2, 1, 0, *range(3, value.shape[2])]]
+        if isinstance(value, (str, Image.Image)) or _is_pixels(value):
+            try:
+                return read_image(value, self.channels, self.background)
+            except SampleError as error:
+                raise SampleError(f'the field {self.image or "image"!r} of a sample names no picture: {error}: check '
+                                  'data_root and data_prefix of the dataset, and the file') from error
+        raise SampleError(f'the field {self.image or "image"!r} of a sample is {_describe(value)}, but an image is a '
+                          'uint8 or uint16 array (H, W) or (H, W, C), a PIL image, a path, or a float tensor (C, H, W) '
+                          'in [-1, 1]: convert it before PackInputs, or name another field, '
+                          "dict(type='PackInputs', image=...)")
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(prompt={self.prompt!r}, image={self.image!r})'
+
+
+def check_channel_order(dataset: Any) -> None:
+    """Warns by name if a loader that gives BGR stands before a PackInputs that was told no `channel_order`."""
+    for part in leaves(dataset):
+        transforms = getattr(getattr(part, 'pipeline', None), 'transforms', ())
+        blind = any(isinstance(t, PackInputs) and t.channel_order is None for t in transforms)
+        for loader in transforms:
+            if (blind and type(loader).__name__ == 'LoadImageFromFile'
+                    and getattr(loader, 'channel_order', 'bgr') == 'bgr'):
+                kind = f'{type(loader).__module__}.{type(loader).__name__}'
+                print_log(f'{kind} in the pipeline of {type(part).__name__} gives BGR, and PackInputs takes it for '
+                          "RGB, red for blue: set dict(type='PackInputs', channel_order='bgr'), or 'rgb' if another "
+                          'transform has turned it', 'current', level=logging.WARNING)
+
+
+def _is_pixels(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype in (np.uint8, np.uint16) and (
+        value.ndim == 2 or value.ndim == 3 and value.shape[2] <= 4)
 
 
 def _is_integer_scalar(value: Any) -> bool:
@@ -100,7 +132,7 @@ def _is_integer_scalar(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 0 and np.issubdtype(value.dtype, np.integer)
 
 
-def _names(sample: Dict[str, Any]) -> List[str]:
+def _names(sample: dict[str, Any]) -> list[str]:
     return sorted(str(name) for name in sample)
 
 

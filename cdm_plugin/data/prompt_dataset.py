@@ -1,11 +1,14 @@
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 from cdm_plugin.assets import resolve
 from cdm_plugin.data.pack_inputs import PackInputs
-from cdm_plugin.data.prompt_files import read_rows
+from cdm_plugin.data.prompt_files import is_blank, read_rows
+
+LONGEST = 2**17  # characters of a prompt; tokenizers take minutes for what is no prompt (csv has the same limit)
 
 
 @DATASETS.register_module()
@@ -17,7 +20,8 @@ class PromptDataset(BaseDataset):
     Args:
         ann_file (str): A `.txt` file (one prompt a line), a `.jsonl` file (one object a line) or a `.csv` file (with a
             header), UTF-8, blank lines skipped; `asset:NAME` for one that comes with the package.
-        column (str): Column of the prompts in a jsonl or csv file. Default 'prompt'.
+        column (str): Column of the prompts in a jsonl or csv file; in jsonl also what lies deeper, 'meta.caption', or
+            one of a list, 'captions.0'. Default 'prompt'.
         category_column (str, optional): Column of a row's category, or list of categories, for MMEngine's
             `ClassBalancedDataset`. Default None.
         data_root (str): Folder that a relative `ann_file` or prefix starts from. Default ''.
@@ -34,15 +38,15 @@ class PromptDataset(BaseDataset):
             no prompt at all. The message names the line and what to change.
     """
 
-    def __init__(self, ann_file: str, column: str = 'prompt', category_column: Optional[str] = None,
-                 data_root: str = '', data_prefix: Optional[Mapping[str, str]] = None,
-                 pipeline: Sequence[Union[dict, Callable]] = (PackInputs(),), **kwargs: Any) -> None:
+    def __init__(self, ann_file: str, column: str = 'prompt', category_column: str | None = None,
+                 data_root: str = '', data_prefix: Mapping[str, str] | None = None,
+                 pipeline: Sequence[dict | Callable] = (PackInputs(),), **kwargs: Any) -> None:
         self.column, self.category_column = column, category_column
-        self.categories: List[str] = []
+        self.categories: list[str] = []
         super().__init__(ann_file=resolve(ann_file), data_root=resolve(data_root), data_prefix=dict(data_prefix or {}),
                          pipeline=pipeline, **kwargs)
 
-    def load_data_list(self) -> List[Dict[str, Any]]:
+    def load_data_list(self) -> list[dict[str, Any]]:
         """Reads and checks all rows."""
         samples = [self._sample(line, row) for line, row in read_rows(self.ann_file, self.column)]
         if not samples:
@@ -51,7 +55,7 @@ class PromptDataset(BaseDataset):
             self.categories = sorted({name for sample in samples for name in self._names(sample)})
         return samples
 
-    def get_cat_ids(self, idx: int) -> List[int]:
+    def get_cat_ids(self, idx: int) -> list[int]:
         """Categories of one sample, as `ClassBalancedDataset` asks for them.
 
         Args:
@@ -67,36 +71,47 @@ class PromptDataset(BaseDataset):
             raise ValueError(f'`ann_file` {self.ann_file}: set `category_column` to balance categories')
         return [self.categories.index(name) for name in self._names(self.get_data_info(idx))]
 
-    def _sample(self, line: int, row: Dict[str, Any]) -> Dict[str, Any]:
+    def _sample(self, line: int, row: dict[str, Any]) -> dict[str, Any]:
         where = f'`ann_file` {self.ann_file}, line {line}'
         prompt = _cell(row, 'column', self.column, where)
         if not isinstance(prompt, str):
+            first = f", {f'{self.column}.0'!r} for the first of them" if isinstance(prompt, list) else ''
             raise ValueError(f'{where}: {self.column!r} is a {type(prompt).__name__}, but a prompt is a text; set '
-                             '`column` to the column of the prompts')
-        if not prompt.strip():
+                             f'`column` to the column of the prompts{first}')
+        if is_blank(prompt):
             raise ValueError(f'{where}: the prompt is empty; fill it in or delete the row')
+        if len(prompt) > LONGEST:
+            raise ValueError(f'{where}: the prompt has {len(prompt)} characters, more than {LONGEST}; is a line break '
+                             'missing?')
+        if '\0' in prompt:
+            raise ValueError(f'{where}: the prompt holds a NUL character; mend it or delete the row')
         if not _is_encodable(prompt):
             raise ValueError(f'{where}: the prompt holds half of a surrogate pair (a cut emoji), which no tokenizer '
                              'takes; mend it or delete the row')
         self._check_category(row, where)
         return self.parse_data_info({**row, 'prompt': prompt})
 
-    def _check_category(self, row: Dict[str, Any], where: str) -> None:
+    def _check_category(self, row: dict[str, Any], where: str) -> None:
         if self.category_column is None:
             return
         if _cell(row, 'category_column', self.category_column, where) in (None, ''):
             raise ValueError(f'{where}: no category in {self.category_column!r}; fill it in, or leave '
                              '`category_column` out')
 
-    def _names(self, sample: Dict[str, Any]) -> List[str]:
-        value = sample[self.category_column]
+    def _names(self, sample: dict[str, Any]) -> list[str]:
+        value = _cell(sample, 'category_column', self.category_column, 'a sample')
         return [str(name) for name in (value if isinstance(value, list) else [value])]
 
 
-def _cell(row: Dict[str, Any], key: str, column: str, where: str) -> Any:
-    if column not in row:
-        raise ValueError(f'{where}: no column {column!r}, there are {list(row)}; set `{key}` to one of them')
-    return row[column]
+def _cell(row: dict[str, Any], key: str, column: str, where: str) -> Any:
+    """A column of a row; if none has that name, what its parts between dots lead to."""
+    value: Any = row
+    try:
+        for part in [column] if column in row else column.split('.'):
+            value = value[int(part) if isinstance(value, list) else part]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(f'{where}: no column {column!r}, there are {list(row)}; set `{key}` to one of them') from None
+    return value
 
 
 def _is_encodable(text: str) -> bool:

@@ -11,3 +11,14 @@ class Sample(dict):
     def __missing__(self, name: Any) -> Any:
         raise KeyError(f'a sample has no {name!r}, only {sorted(map(str, self))}, while another one of its batch has '
                        'it: mix datasets of one kind only in train_dataloader.dataset')
+
+
+class SampleError(ValueError):
+    """What is wrong with one sample, in one line.
+
+    Torch raises the error of a worker process again with the worker's whole traceback as its text, which ends with the
+    error itself: that end is kept.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rpartition(f'{SampleError.__name__}: ')[2].strip())

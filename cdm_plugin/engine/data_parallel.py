@@ -1,7 +1,8 @@
 """Training in several processes with whole copies of the networks (DDP)."""
 import contextlib
 import warnings
-from typing import Any, Iterator, List, Optional
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from mmengine.device import get_device
@@ -49,7 +50,8 @@ class DistillationDataParallel(MMSeparateDistributedDataParallel):
 
     Args:
         module (nn.Module): A method.
-        find_unused_parameters (bool): Whether some trained weights take no part in training. Default False.
+        find_unused_parameters (bool): Whether some trained weights take no part in training. Default False; True all
+            the same where the backbone has such weights.
         bucket_cap_mb (float): MiB of gradients that are reduced at once. Default 25.
         gradient_as_bucket_view (bool): Whether gradients live in the buckets, which spares a copy of them. Default
             True.
@@ -57,7 +59,7 @@ class DistillationDataParallel(MMSeparateDistributedDataParallel):
     """
 
     def __init__(self, module: nn.Module, find_unused_parameters: bool = False, bucket_cap_mb: float = 25,
-                 gradient_as_bucket_view: bool = True, device_ids: Optional[List[Any]] = None) -> None:
+                 gradient_as_bucket_view: bool = True, device_ids: list[Any] | None = None) -> None:
         # Not MMSeparateDistributedDataParallel's: it wraps whatever can be trained, also the base of LoRA adapters,
         # to which the roles' parameters belong too.
         nn.Module.__init__(self)
@@ -66,6 +68,7 @@ class DistillationDataParallel(MMSeparateDistributedDataParallel):
             raise ValueError(f"model_wrapper_cfg.type='DistillationDataParallel' wraps the methods of cdm_plugin, but "
                              f'model.type is {type(module).__name__}')
         self.module = module.to(get_device())
+        find_unused_parameters = find_unused_parameters or module.backbone.has_idle_weights
         self.roles = tuple(roles)
         self._share_new_weights()
         for role in self.roles:

@@ -1,15 +1,16 @@
 """DeepSpeed's config: what of it a strategy with two engines takes, and where else the rest is said."""
 import copy
-import difflib
 import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS
+
+from cdm_plugin.errors import did_you_mean
 
 # Arguments of MMEngine's BaseStrategy.
 OWN_KEYS = {'work_dir', 'experiment_name', 'env_kwargs', 'log_kwargs', 'auto_scale_lr'}
@@ -22,7 +23,7 @@ ELSEWHERE = dict(
     activation_checkpointing='model.activation_checkpointing')
 
 
-def settle_config(config: Union[None, str, Dict[str, Any]], settings: Dict[str, Any]) -> Dict[str, Any]:
+def settle_config(config: None | str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's config, checked, of the strategy's arguments.
 
     Args:
@@ -40,7 +41,7 @@ def settle_config(config: Union[None, str, Dict[str, Any]], settings: Dict[str, 
     return settled
 
 
-def check_config(config: Dict[str, Any]) -> None:
+def check_config(config: dict[str, Any]) -> None:
     """Checks the keys of `strategy`; `zero_optimization.stage` gets its default, 2.
 
     Raises:
@@ -52,8 +53,8 @@ def check_config(config: Dict[str, Any]) -> None:
     from deepspeed.runtime import config as deepspeed_config  # DeepSpeed itself says nothing of keys that it ignores
     known = sorted({value for value in vars(deepspeed_config).values() if isinstance(value, str)})
     for key in config.keys() - {'zero_optimization', *known}:
-        for meant in difflib.get_close_matches(key, known, n=1, cutoff=0.8):
-            raise ValueError(f'strategy.{key} is unknown to DeepSpeed; did you mean {meant!r}?')
+        if hint := did_you_mean(key, known, cutoff=0.8):
+            raise ValueError(f'strategy.{key} is unknown to DeepSpeed{hint}')
     zero = config['zero_optimization']
     zero.setdefault('stage', 2)
     if zero['stage'] not in (1, 2, 3):
@@ -75,8 +76,8 @@ def check_config(config: Dict[str, Any]) -> None:
         raise ValueError(f'strategy.zero_optimization.{".".join(map(str, first["loc"]))}: {first["msg"]}') from None
 
 
-def engine_config(config: Dict[str, Any], batch_size: int, wrapper: Optional[OptimWrapper] = None,
-                  stage: Optional[int] = None) -> Dict[str, Any]:
+def engine_config(config: dict[str, Any], batch_size: int, wrapper: OptimWrapper | None = None,
+                  stage: int | None = None) -> dict[str, Any]:
     """DeepSpeed's config of one engine.
 
     Args:
@@ -99,7 +100,7 @@ def engine_config(config: Dict[str, Any], batch_size: int, wrapper: Optional[Opt
     return config
 
 
-def initialize(network: Any, config: Dict[str, Any], optimizer: Any = None) -> Any:
+def initialize(network: Any, config: dict[str, Any], optimizer: Any = None) -> Any:
     """A DeepSpeed engine around a network."""
     deepspeed = import_deepspeed()
     logging.getLogger('DeepSpeed').setLevel(logging.WARNING)

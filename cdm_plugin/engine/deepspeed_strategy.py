@@ -3,26 +3,32 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
+from unittest import mock
 
 import mmengine
 import torch
 from mmengine._strategy import BaseStrategy
 from mmengine.device import get_device
-from mmengine.dist import init_dist
+from mmengine.dist import all_gather_object, init_dist
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapper
-from mmengine.registry import MODELS, STRATEGIES
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS, STRATEGIES
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
 
+from cdm_plugin.backbones import Backbone
+from cdm_plugin.compat import plain
 from cdm_plugin.engine.deepspeed_config import OWN_KEYS, engine_config, import_deepspeed, initialize, settle_config
 from cdm_plugin.engine.launch import start_processes
+from cdm_plugin.engine.loading import as_checkpoint, check_start, named_as, some
 from cdm_plugin.engine.optim_wrapper import AutocastOptimWrapper, EngineOptimWrapper, RoleOptimWrapperDict
 from cdm_plugin.engine.partition import build_partitioned, partition_frozen
-from cdm_plugin.engine.shards import Shards, is_sharded, layout_of, read_common, read_pieces, read_whole, write
-from cdm_plugin.mmengine_compat import plain
+from cdm_plugin.engine.settings import settle
+from cdm_plugin.engine.shard_files import is_sharded, layout_of, read_common, read_pieces, read_whole, write
+from cdm_plugin.engine.shards import Shards
+from cdm_plugin.registry import is_type
 
 
 @STRATEGIES.register_module()
@@ -49,19 +55,19 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
     """
     hands_on_keys = True
 
-    def __init__(self, *, config: Union[None, str, Dict[str, Any]] = None,
-                 zero_optimization: Optional[Dict[str, Any]] = None, bf16: Optional[Dict[str, Any]] = None,
-                 train_micro_batch_size_per_gpu: Optional[int] = None, **kwargs: Any) -> None:
+    def __init__(self, *, config: None | str | dict[str, Any] = None,
+                 zero_optimization: dict[str, Any] | None = None, bf16: dict[str, Any] | None = None,
+                 train_micro_batch_size_per_gpu: int | None = None, **kwargs: Any) -> None:
         import_deepspeed()
         own = {key: kwargs.pop(key) for key in OWN_KEYS & kwargs.keys()}
         self.config = settle_config(config, dict(kwargs, zero_optimization=zero_optimization, bf16=bf16,
                                                  train_micro_batch_size_per_gpu=train_micro_batch_size_per_gpu))
-        self.engines: Dict[str, Any] = {}
-        self.shards: Dict[str, Shards] = {}
-        self._frozen_engines: List[Any] = []
-        self._buffers: Dict[str, Tensor] = {}
+        self.engines: dict[str, Any] = {}
+        self.shards: dict[str, Shards] = {}
+        self._frozen_engines: list[Any] = []
+        self._buffers: dict[str, Tensor] = {}
         # This rank's pieces of the weights as they were loaded, before they were rounded to what the networks run in.
-        self._pretrained: Dict[nn.Module, Dict[str, Tensor]] = {}
+        self._pretrained: dict[nn.Module, dict[str, Tensor]] = {}
         super().__init__(**own)
 
     @property
@@ -87,16 +93,14 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
 
     # Preparation
 
-    def prepare(self, model: Union[nn.Module, Dict[str, Any]], *, optim_wrapper: Any = None,
+    def prepare(self, model: nn.Module | dict[str, Any], *, optim_wrapper: Any = None,
                 param_scheduler: Any = None, compile: Any = False,
-                dispatch_kwargs: Optional[Dict[str, Any]] = None) -> Any:
+                dispatch_kwargs: dict[str, Any] | None = None) -> Any:
         """Builds the model, its engines, optimizer wrappers and schedulers; without `optim_wrapper` (validation, test)
         the model stays whole. Arguments as in MMEngine."""
         if self._prepared:
             return self._prepared_components()
         self.dispatch_kwargs.update(dispatch_kwargs or {})
-        if compile:
-            raise ValueError('compile does not go with DistillationDeepSpeedStrategy: set model.backbone.compile=True')
         device = torch.device(get_device())
         if optim_wrapper is None:
             self.model = self._init_model_weights(super().build_model(model)).to(device)
@@ -115,37 +119,31 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         self._prepared = True
         return self._prepared_components()
 
-    def _build_param_scheduler(self, scheduler: Any, optim_wrapper: Any, default_args: Dict[str, Any]) -> List[Any]:
-        # MMEngine's takes keys out of the dict that it hands to the next role.
-        return super()._build_param_scheduler(scheduler, optim_wrapper, dict(default_args))
-
-    def build_model(self, model: Union[nn.Module, Dict[str, Any]]) -> nn.Module:
+    def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
         """Builds the model. At stage 3 its pretrained networks are partitioned as they are built, one after the other;
         no process but the first ever holds a whole one."""
-        backbone = model.get('backbone') if isinstance(model, dict) else None
-        if self.stage < 3 or not isinstance(backbone, dict) or not backbone.get('pretrained'):
+        if self.stage < 3 or not isinstance(model, dict):
             return super().build_model(model)
-        backbone = MODELS.build(dict(backbone))
-        if backbone.quantization is not None:
-            raise ValueError('model.backbone.quantization does not go with strategy.zero_optimization.stage=3, which '
-                             'cannot partition quantised weights: set stage=2')
+        build_whole = Backbone.build_network
 
-        def build_network(dtype: Optional[torch.dtype] = None) -> nn.Module:
+        def build_network(backbone: Backbone, dtype: torch.dtype | None = None) -> nn.Module:
+            if backbone.pretrained is None:
+                return build_whole(backbone, dtype)
+            if backbone.quantization is not None:
+                raise ValueError('model.backbone.quantization does not go with strategy.zero_optimization.stage=3, '
+                                 'which cannot partition quantised weights: set stage=2')
             network, pieces = build_partitioned(backbone, self._engine_config(), dtype, self.run_dtype)
             self._pretrained[network] = pieces
             return network
 
-        backbone.build_network = build_network
-        try:
-            return super().build_model(dict(model, backbone=backbone))
-        finally:
-            del backbone.build_network
+        with mock.patch.object(Backbone, 'build_network', build_network):
+            return super().build_model(model)
 
     def _partition(self, model: nn.Module, device: torch.device) -> nn.Module:
         wrappers = dict(self.optim_wrapper.items())
         self._check_method(model, wrappers)
-        if 'fake' in wrappers:
-            same_layout(model, wrappers)
+        for target, source in model.merges:
+            same_layout(getattr(model, source), getattr(model, target), wrappers[target])
         # Engines may round buffers to bfloat16; a checkpoint keeps them as they were.
         for role in wrappers:
             network = getattr(model, role)
@@ -168,7 +166,10 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
             engine.weight_shards = shards
             self.engines[role], self.shards[role] = engine, shards
             model._modules[role] = engine
-            self.optim_wrapper.optim_wrappers[role] = EngineOptimWrapper(engine, wrapper, self._frozen_engines)
+        for phase in model.phases:
+            passed = [*self._frozen_engines, *(self.engines[role] for role in phase.through)]
+            self.optim_wrapper.optim_wrappers[phase.role] = EngineOptimWrapper(
+                self.engines[phase.role], wrappers[phase.role], passed)
         self._pretrained.clear()
         self._check_merge(model)
         return model
@@ -176,7 +177,7 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
     def _settle_precision(self, optim_wrapper: Any) -> None:
         """Takes `bf16` from the optimizer wrappers, or checks that they agree."""
         wrappers = [value for _, value in optim_wrapper.items()] if hasattr(optim_wrapper, 'items') else []
-        amp = any(wrapper.get('type') == 'AmpOptimWrapper' if isinstance(wrapper, dict)
+        amp = any(is_type(wrapper, AmpOptimWrapper, OPTIM_WRAPPERS) if isinstance(wrapper, dict)
                   else isinstance(wrapper, AutocastOptimWrapper) for wrapper in wrappers)
         bf16 = self.config.setdefault('bf16', dict(enabled=amp))
         if amp and not bf16.get('enabled'):
@@ -184,11 +185,11 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
                              "each other: set type='OptimWrapper' to train in float32, or leave strategy.bf16 out")
 
     @property
-    def run_dtype(self) -> Optional[torch.dtype]:
+    def run_dtype(self) -> torch.dtype | None:
         """What the networks run in; None is the dtype that they have."""
         return torch.bfloat16 if self.config.get('bf16', {}).get('enabled') else None
 
-    def _check_method(self, model: nn.Module, wrappers: Dict[str, OptimWrapper]) -> None:
+    def _check_method(self, model: nn.Module, wrappers: dict[str, OptimWrapper]) -> None:
         batch, own = (c.get('train_micro_batch_size_per_gpu') for c in (self.dispatch_kwargs, self.config))
         if own not in (None, 'auto', batch):
             raise ValueError(f'strategy.train_micro_batch_size_per_gpu={own}, but train_dataloader.batch_size={batch}: '
@@ -199,49 +200,46 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
                 raise ValueError(f'optim_wrapper.{role}.clip_grad={clip}: DeepSpeed clips by the 2-norm only, '
                                  'dict(max_norm=...)')
 
-    def _engine_config(self, wrapper: Optional[OptimWrapper] = None, stage: Optional[int] = None) -> Dict[str, Any]:
+    def _engine_config(self, wrapper: OptimWrapper | None = None, stage: int | None = None) -> dict[str, Any]:
         batch_size = self.dispatch_kwargs.get('train_micro_batch_size_per_gpu') or 1
         return engine_config(self.config, batch_size, wrapper, stage)
 
     def _place_frozen(self, model: nn.Module, device: torch.device) -> None:
         """Frozen networks on the device: partitioned at stage 3, otherwise whole; in bfloat16 if the roles are."""
         model._set_device(device)
-        network = getattr(model, 'base', None)
-        if network is None:
-            network = getattr(model, 'teacher', None)
-        if network is not None and self.run_dtype is not None and not model.backbone.quantization:
+        networks = [getattr(model, role) for role in model.denoisers if role not in model.trained_roles]
+        networks = list(dict.fromkeys(getattr(network, 'base', network) for network in networks))
+        for network in networks if self.run_dtype is not None and not model.backbone.quantization else ():
             trained = {p for p in network.parameters() if p.requires_grad}  # a base holds the adapters as well
             for tensor in (*network.parameters(), *network.buffers()):
                 if tensor not in trained and tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.run_dtype)
         conditioner = model.backbone.conditioner
-        frozen = [network] * (network is not None)
         if not getattr(conditioner, 'offload', False):  # those wait in the CPU's memory
-            frozen += getattr(conditioner, 'encoders', [])
-        for part in frozen:
+            networks += getattr(conditioner, 'encoders', [])
+        for network in networks:
             if self.stage == 3:
-                self._frozen_engines.append(partition_frozen(part, self._engine_config()))
+                self._frozen_engines.append(partition_frozen(network, self._engine_config()))
             else:
-                part.to(device)
+                network.to(device)
         model.backbone.to(device)
-        for name, child in model.named_children():  # losses and the like
-            if name not in ('student', 'fake', 'teacher', 'base', 'backbone'):
+        for child in model.children():  # losses, a teacher's adapters and the like
+            if child not in networks and child is not model.backbone and not any(
+                    child is getattr(model, role) for role in model.trained_roles):
                 child.to(device)
 
     def _check_merge(self, model: nn.Module) -> None:
-        if not getattr(model, 'fake_merge', 0) or 'fake' not in self.shards:
-            return
-        student, fake = layout_of({k: self.shards[k] for k in ('student', 'fake')}).values()
-        if any(student.get(name) != place for name, place in fake.items()
-               if name in self.shards['student'].shapes):
-            raise ValueError('model.fake_merge needs the student and the fake score to be sharded alike: give '
-                             'optim_wrapper.student and .fake the same paramwise_cfg, or set '
-                             'strategy.zero_optimization.stage=3')
+        for target, source in model.merges:
+            theirs, own = layout_of({k: self.shards[k] for k in (source, target)}).values()
+            if any(theirs.get(name) != place for name, place in own.items() if name in self.shards[source].shapes):
+                raise ValueError(f'model.{target}_merge needs {source} and {target} to be sharded alike: give '
+                                 f'optim_wrapper.{source} and .{target} the same paramwise_cfg, or set '
+                                 'strategy.zero_optimization.stage=3')
 
     # Checkpoints
 
     def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, save_param_scheduler: bool = True,
-                        extra_ckpt: Optional[Dict[str, Any]] = None, callback: Any = None) -> None:
+                        extra_ckpt: dict[str, Any] | None = None, callback: Any = None) -> None:
         """Writes a folder with every rank's pieces; arguments as in MMEngine."""
         common = dict(extra_ckpt or {})
         common['meta'] = dict(common.get('meta', {}), seed=self.seed, mmengine=mmengine.__version__,
@@ -250,7 +248,7 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
             common['param_schedulers'] = self.scheduler_state_dict()
         if callback is not None:
             callback(common)
-        own: Dict[str, Any] = dict(layout=layout_of(self.shards), weights={}, optimizer={})
+        own: dict[str, Any] = dict(layout=layout_of(self.shards), weights={}, optimizer={})
         if 'student_ema' in common:
             own['student_ema'] = common.pop('student_ema')
         for role, shards in self.shards.items():
@@ -261,10 +259,10 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         rest = {k: v for k, v in self.model.state_dict().items() if not k.startswith(roles)}
         common.update(state_dict={**rest, **self._buffers}, world_size=self.world_size,
                       shapes={role: {n: list(s) for n, s in sh.shapes.items()} for role, sh in self.shards.items()})
-        write(Path(filename), self.rank, plain(common), own, torch.distributed.barrier)
+        write(Path(filename), self.rank, plain(common), own, all_gather_object)
 
     def load_checkpoint(self, filename: str, *, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = (),
-                        callback: Any = None) -> Dict[str, Any]:
+                        callback: Any = None) -> dict[str, Any]:
         """Loads the weights of a folder of shards, or of a plain checkpoint."""
         self.logger.info(f'Load checkpoint from {filename}')
         if not self.shards:  # validation and test: the model is whole
@@ -279,7 +277,7 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         return state
 
     def resume(self, filename: str, *, resume_optimizer: bool = True, resume_param_scheduler: bool = True,
-               map_location: Any = 'default', callback: Any = None) -> Dict[str, Any]:
+               map_location: Any = 'default', callback: Any = None) -> dict[str, Any]:
         """Resumes from a folder of shards; arguments as in MMEngine."""
         self.logger.info(f'Resume checkpoint from {filename}')
         if not is_sharded(filename):
@@ -287,9 +285,6 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
                              'start from its weights, set load_from and leave resume out')
         state = self._load_shards(filename, resume_optimizer)
         if resume_param_scheduler and hasattr(self, 'param_schedulers'):
-            if 'param_schedulers' not in state:
-                raise ValueError(f'the checkpoint {filename!r} was saved without schedulers and optimizers (a best '
-                                 'one?): set load_from and leave resume out')
             self.load_scheduler_state_dict(state.pop('param_schedulers'))
         seed = state['meta'].get('seed')
         if seed is not None and seed != self._randomness.get('seed'):
@@ -304,34 +299,40 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
             callback(state)
         return state
 
-    def _load_shards(self, folder: str, optimizer: bool) -> Dict[str, Any]:
+    def _load_shards(self, folder: str, optimizer: bool) -> dict[str, Any]:
         common = read_common(folder)
         if common['world_size'] != self.world_size:
             print_log(f'{folder} was written by {common["world_size"]} processes, these are {self.world_size}: its '
                       'shards are cut anew; the data come in another order', 'current', level=logging.WARNING)
         own = read_pieces(folder, common, self.rank, self.world_size, self.shards)
+        if optimizer:
+            if not own['optimizer'].keys() >= self.shards.keys():
+                raise ValueError(f'the checkpoint {folder!r} was saved without optimizers: set load_from and leave '
+                                 'resume out')
+            groups = {role: dict(param_groups=of_role['groups']) for role, of_role in own['optimizer'].items()}
+            common['param_schedulers'] = settle(
+                dict(self.optim_wrapper.items()), getattr(self, 'param_schedulers', {}), groups,
+                common.get('param_schedulers', {}), common['meta']['iter'], common['meta']['epoch'],
+                self.dispatch_kwargs.get('epoch_length', 0))
         for role, shards in self.shards.items():
             shards.load(own['weights'][role])
             if optimizer:
-                if role not in own['optimizer']:
-                    raise ValueError(f'the checkpoint {folder!r} was saved without optimizers: set load_from and leave '
-                                     'resume out')
                 shards.load_optimizer_state(own['optimizer'][role])
         if 'student_ema' in own:
             common['student_ema'] = own['student_ema']
         return common
 
-    def _load_plain(self, filename: str) -> Dict[str, Any]:
-        state = CheckpointLoader.load_checkpoint(filename, map_location='cpu', logger='silent')
-        weights = state['state_dict']
+    def _load_plain(self, filename: str) -> dict[str, Any]:
+        state = as_checkpoint(CheckpointLoader.load_checkpoint(filename, map_location='cpu', logger='silent'), filename)
+        own = {f'{role}.{name}': shape for role, shards in self.shards.items() for name, shape in shards.shapes.items()}
+        weights = named_as(state['state_dict'], own, self.model.main_role)
+        check_start(weights, own, self.model.trains, filename)
+        if missing := own.keys() - weights.keys():
+            print_log(f'{filename} lacks {len(missing)} weights, which stay as they are ({some(missing)})', 'current',
+                      level=logging.WARNING)
         for role, shards in self.shards.items():
-            shapes = {name: tuple(weights[f'{role}.{name}'].shape) for name in shards.shapes
-                      if f'{role}.{name}' in weights}
-            if shapes != shards.shapes:
-                differ = sorted(k for k in shards.shapes if shapes.get(k) != shards.shapes[k])[:3]
-                raise ValueError(f'the checkpoint {filename} does not fit the config\'s model: {role} differs, for '
-                                 f'example {differ}')
-            shards.load({name: piece.cut(weights[f'{role}.{name}']) for name, piece in shards.pieces.items()})
+            shards.load({**shards.weights, **{name: piece.cut(weights[f'{role}.{name}']) for name, piece
+                                              in shards.pieces.items() if f'{role}.{name}' in weights}})
         if 'student_ema' in state:
             ema = state['student_ema']['weights']
             state['student_ema'] = dict(state['student_ema'], weights={
@@ -339,13 +340,13 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
         return state
 
 
-def same_layout(model: nn.Module, wrappers: Dict[str, OptimWrapper]) -> None:
-    """Moves the fake score's weights that the student lacks (those of an anchor-aware one) to parameter groups of
+def same_layout(source: nn.Module, target: nn.Module, wrapper: OptimWrapper) -> None:
+    """Moves the target's weights that the source lacks (those of an anchor-aware fake score) to parameter groups of
     their own, at the end: stages 1 and 2 lay a group's weights end to end, so the others are then sharded alike."""
-    common = {name for name, _ in model.student.named_parameters()}
-    extra = {p for name, p in model.fake.named_parameters() if name not in common}
-    groups: List[Dict[str, Any]] = wrappers['fake'].optimizer.param_groups
-    split: Tuple[List[Dict[str, Any]], List[Dict[str, Any]]] = ([], [])
+    common = {name for name, _ in source.named_parameters()}
+    extra = {p for name, p in target.named_parameters() if name not in common}
+    groups: list[dict[str, Any]] = wrapper.optimizer.param_groups
+    split: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for group in groups:
         for part, inside in zip(split, (False, True)):
             params = [p for p in group['params'] if (p in extra) == inside]

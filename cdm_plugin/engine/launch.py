@@ -1,13 +1,22 @@
-"""Starts a run of several processes: what the launcher must have set, and a process group on machines without GPU."""
+"""Starts a run of several processes: what the launcher must have set, a process group on machines without GPU, and a
+watch that ends them together."""
+import contextlib
 import datetime
 import os
 import subprocess
-from typing import Any, Callable, Dict, Optional
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from mmengine.device import get_device
-from mmengine.dist import broadcast_object_list, get_rank
 
+from cdm_plugin.errors import Stopped
+
+# Seconds that the first process, if it fails, stays for the others to hear of it.
+GRACE = 20
 # What each launcher tells its processes, under its own names.
 VARIABLES = {
     'pytorch': dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK', MASTER_ADDR='MASTER_ADDR',
@@ -22,9 +31,36 @@ EXAMPLES = {
     'mpi': 'mpirun -np 8 -x MASTER_ADDR cdm train CONFIG --launcher mpi'}
 
 
-def start_processes(launcher: str, env_cfg: Optional[Dict[str, Any]] = None) -> None:
-    """Checks the launcher's environment, and does what MMEngine's own start leaves out: it starts gloo where there is
-    no GPU (MMEngine would set a CUDA device), and LOCAL_RANK under MPI.
+def settle_environment(launcher: str) -> None:
+    """Checks the launcher's environment, and sets what MMEngine's own start leaves out: all that torch knows the
+    processes by, and LOCAL_RANK.
+
+    Args:
+        launcher (str): 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        ValueError: If the launcher's environment is not there.
+    """
+    if missing := _missing(launcher):
+        raise ValueError(f'--launcher {launcher} needs {", ".join(missing)} in the environment, which the launcher '
+                         f'sets: {EXAMPLES[launcher]}; leave --launcher out for one process')
+    for ours in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        os.environ[ours] = os.environ[VARIABLES[launcher][ours]]
+    if 'MASTER_ADDR' not in os.environ:
+        hosts = subprocess.run(['scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST']], capture_output=True,
+                               text=True, check=True)
+        os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
+    os.environ.setdefault('MASTER_PORT', '29500')
+
+
+def _missing(launcher: str) -> list[str]:
+    # MMEngine, too, prefers an address that is set to that of Slurm's first node.
+    return [theirs for ours, theirs in VARIABLES[launcher].items()
+            if theirs not in os.environ and not (ours == 'MASTER_ADDR' and ours in os.environ)]
+
+
+def start_processes(launcher: str, env_cfg: dict[str, Any] | None = None) -> None:
+    """Starts gloo where there is no GPU, where MMEngine would set a CUDA device.
 
     Args:
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
@@ -35,53 +71,74 @@ def start_processes(launcher: str, env_cfg: Optional[Dict[str, Any]] = None) -> 
     """
     if launcher == 'none' or dist.is_initialized():
         return
-    names = VARIABLES[launcher]
-    # MMEngine, too, prefers an address that is set to that of Slurm's first node.
-    missing = [theirs for ours, theirs in names.items()
-               if theirs not in os.environ and not (ours == 'MASTER_ADDR' and ours in os.environ)]
-    if missing:
-        raise ValueError(f'--launcher {launcher} needs {", ".join(missing)} in the environment, which the launcher '
-                         f'sets: {EXAMPLES[launcher]}; leave --launcher out for one process')
-    if launcher != 'pytorch':
-        os.environ['LOCAL_RANK'] = os.environ[names['LOCAL_RANK']]
-    if get_device() != 'cpu':
+    settle_environment(launcher)
+    if get_device() == 'cpu':
+        timeout = ((env_cfg or {}).get('dist_cfg') or {}).get('timeout')
+        dist.init_process_group('gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout))
+
+
+@contextlib.contextmanager
+def watched(launcher: str) -> Iterator[None]:
+    """Ends this process when another one of the run has failed inside, and says what that one said: it may wait in a
+    collective, or for the process group, that the other never comes to. torchrun does it itself.
+
+    Args:
+        launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
+    """
+    if launcher == 'none' or 'TORCHELASTIC_RUN_ID' in os.environ or _missing(launcher):
+        yield
         return
-    for ours in ('RANK', 'WORLD_SIZE'):
-        os.environ[ours] = os.environ[names[ours]]
-    if 'MASTER_ADDR' not in os.environ:
-        hosts = subprocess.run(['scontrol', 'show', 'hostname', os.environ['SLURM_NODELIST']], capture_output=True,
-                               text=True, check=True)
-        os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
-    os.environ.setdefault('MASTER_PORT', '29500')
-    timeout = ((env_cfg or {}).get('dist_cfg') or {}).get('timeout')
-    dist.init_process_group('gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout))
+    settle_environment(launcher)
+    rank, others = int(os.environ['RANK']), int(os.environ['WORLD_SIZE']) - 1
+    # The process group's own server, which is in the first process: torch shares one of the same port.
+    store = dist.PrefixStore('cdm', dist.TCPStore(
+        os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=rank == 0, wait_for_workers=False,
+        multi_tenant=True))
+    done, heard = threading.Event(), []
+    watch = threading.Thread(target=_watch, args=(store, done, heard), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        done.set()
+        watch.join()
+        _listen(store, heard)
+        if heard and isinstance(error, Exception):  # a consequence
+            raise ValueError(f'training stopped: {heard[0]}') from error
+        if not heard and not isinstance(error, Stopped):
+            text = ' '.join(str(error).split()) or type(error).__name__
+            with contextlib.suppress(RuntimeError):  # the first process is gone
+                store.compare_set('failed', '', f'rank {rank} has failed: {text}')
+                deadline = time.monotonic() + GRACE
+                while rank == 0 and store.add('heard', 0) < others and time.monotonic() < deadline:
+                    time.sleep(0.1)  # the others read it here
+        raise
+    finally:
+        done.set()
+        watch.join()
+
+
+def _watch(store: dist.Store, done: threading.Event, heard: list[str]) -> None:
+    while not heard and not done.wait(1):
+        _listen(store, heard)
+    if heard and not done.wait(5):
+        print(f'cdm train: training stopped: {heard[0]}', file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _listen(store: dist.Store, heard: list[str]) -> None:
+    try:
+        if not heard and store.check(['failed']):
+            heard.append(store.get('failed').decode())
+            store.add('heard', 1)
+    except RuntimeError:
+        heard.append('rank 0 has ended, and its own output says why')
 
 
 def stop_processes() -> None:
     """Leaves the process group of a run that has ended well."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def on_first_rank(function: Callable[[], Any], failed: str) -> Any:
-    """Calls a function on rank 0 and returns what it does; None on the other ranks. Every rank must call it.
-
-    Raises:
-        Exception: On rank 0, what the function raised; a ValueError on the others, `failed` and what it was.
-    """
-    result, error = None, None
-    if get_rank() == 0:
-        try:
-            result = function()
-        except Exception as raised:  # whatever it is, the others must not wait for it
-            error = raised
-    message = [None if error is None else f'{failed}: {type(error).__name__}: {error}']
-    broadcast_object_list(message)
-    if error is not None:
-        raise error
-    if message[0] is not None:
-        raise ValueError(message[0])
-    return result
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

@@ -1,26 +1,71 @@
 """Optimizers keyed by role."""
 import contextlib
-from typing import Any, Dict, Iterator, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import torch
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
+from cdm_plugin.arguments import MAY_BE_INFINITE, check_value
+from cdm_plugin.config import check_part
+from cdm_plugin.engine.guard import StepGuard
+from cdm_plugin.losses import ScoreLoss
+from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.methods.overrides import subclasses
+from cdm_plugin.registry import class_of
+
 
 @OPTIM_WRAPPERS.register_module()
 class RoleOptimWrapper(OptimWrapper):
-    """MMEngine's OptimWrapper, but the norm of the gradients stays on the device (`grad_norm`) until it is logged:
-    MMEngine's own waits for the device in every step. Arguments as there."""
-    grad_norm: Optional[Tensor] = None
+    """MMEngine's OptimWrapper, but a step with gradients that are not finite is left out (`guard`), and the norm of the
+    gradients stays on the device (`grad_norm`) until it is logged: MMEngine's own waits for the device in every step.
 
-    def _clip_grad(self) -> None:
+    Adam and AdamW with `fused=True` learn on the device whether they may step. Others have no way to, so for them each
+    step waits for the norm, which costs nothing on a CPU. Arguments as MMEngine's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.guard = StepGuard()
+        self.grad_norm: Tensor | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether each step waits for the device."""
+        # SGD can as well, but one that leaves out its first step goes on from momentum that nobody has set.
+        return not (isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+                    and all(group['fused'] for group in self.optimizer.param_groups))
+
+    def step(self, **kwargs: Any) -> None:
+        """Clips the gradients and steps, if they are finite."""
+        fine = self._clip_grad().isfinite()
+        if not self.waits:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~fine).to(torch.float32)
+            try:
+                self.optimizer.step(**kwargs)
+            finally:
+                del self.optimizer.grad_scale, self.optimizer.found_inf
+            self.guard.judged(fine)
+        else:
+            if fine := bool(fine):
+                self.optimizer.step(**kwargs)
+            self.guard.judged(fine)
+
+    def _clip_grad(self) -> Tensor:
+        """Clips the gradients, if wanted; their norm before that."""
         params = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        if params:
-            self.grad_norm = self.clip_func(params, **self.clip_grad_kwargs)
+        if self.clip_grad_kwargs and self.clip_func is torch.nn.utils.clip_grad_norm_ and params:
+            self.grad_norm = norm = self.clip_func(params, **self.clip_grad_kwargs)
+            return norm
+        norms = torch._foreach_norm([p.grad for p in params]) if params else [torch.zeros(())]
+        if self.clip_grad_kwargs and params:
+            self.clip_func(params, **self.clip_grad_kwargs)
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -37,7 +82,7 @@ class AutocastOptimWrapper(RoleOptimWrapper):
 
     def __init__(self, dtype: str = 'bfloat16', **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if dtype != 'bfloat16':
+        if dtype not in ('bfloat16', torch.bfloat16):
             raise ValueError(f"optim_wrapper.*.dtype must be 'bfloat16' for AutocastOptimWrapper, but is {dtype!r}")
         self.dtype = torch.bfloat16
 
@@ -51,19 +96,26 @@ class AutocastOptimWrapper(RoleOptimWrapper):
 
 
 class EngineOptimWrapper(OptimWrapper):
-    """A role's optimizer inside its DeepSpeed engine, which also clips, reduces and accumulates.
+    """A role's optimizer inside its DeepSpeed engine, which also clips, reduces and accumulates. It leaves out a step
+    whose gradients are not finite, after the ranks have agreed on it, and waits for the device to know (`guard`).
 
     Args:
         engine (DeepSpeedEngine): The role's engine.
         wrapper (OptimWrapper): What the config's optimizer wrapper would be without DeepSpeed.
-        frozen (Sequence[DeepSpeedEngine]): Engines of frozen networks that gradients may pass through.
+        passed (Sequence[DeepSpeedEngine]): Engines of other networks that gradients pass through.
     """
 
-    def __init__(self, engine: Any, wrapper: OptimWrapper, frozen: Sequence[Any] = ()) -> None:
+    def __init__(self, engine: Any, wrapper: OptimWrapper, passed: Sequence[Any] = ()) -> None:
         super().__init__(wrapper.optimizer, wrapper._accumulative_counts)
         self.base_param_settings = wrapper.base_param_settings
-        self.engine, self.logs_norm, self.frozen = engine, bool(wrapper.clip_grad_kwargs), frozen
-        self.grad_norm: Optional[Tensor] = None
+        self.engine, self.logs_norm, self.passed = engine, bool(wrapper.clip_grad_kwargs), passed
+        self.grad_norm: Tensor | None = None
+        self.guard = StepGuard()
+
+    @property
+    def waits(self) -> bool:
+        """Whether each step waits for the device."""
+        return True
 
     def update_params(self, loss: Tensor, step_kwargs: Any = None, zero_kwargs: Any = None) -> None:
         """Backward and, when enough has been accumulated, an optimizer step."""
@@ -76,13 +128,18 @@ class EngineOptimWrapper(OptimWrapper):
         self.engine.set_gradient_accumulation_boundary(self.should_update())
         self.engine.backward(loss, scale_wrt_gas=False)
         # A network called twice before one backward pass leaves weights gathered, which only its own engine releases.
-        for engine in self.frozen:
-            engine.optimizer.release_backward_leftovers()
+        for engine in self.passed:
+            partition = getattr(engine.optimizer, 'parameter_offload', engine.optimizer)  # of a trained or a frozen one
+            if hasattr(partition, 'release_backward_leftovers'):  # stage 3
+                partition.release_backward_leftovers()
 
     def step(self, **kwargs: Any) -> None:
         """The engine's step, which does nothing before the accumulation is complete."""
         self.engine.step()
-        if self.should_update() and self.logs_norm:
+        if not self.should_update():
+            return
+        self.guard.judged(not self.engine.optimizer.overflow)
+        if self.logs_norm:
             norm = self.engine.get_global_grad_norm()
             self.grad_norm = None if norm is None else torch.as_tensor(norm)
 
@@ -101,14 +158,13 @@ class RoleOptimWrapperDict(OptimWrapperDict):
     def initialize_count_status(self, model: nn.Module, cur_iter: int, max_iters: int) -> None:
         """Starts every role's counter at the number of steps that it has made by `cur_iter`."""
         model = model.module if is_model_wrapper(model) else model
-        for role, wrapper in self.items():
-            every = getattr(model, 'student_every', 1) if role == 'student' else 1
-            steps = getattr(model, 'fake_steps', 1) if role == 'fake' else 1
-            wrapper.initialize_count_status(getattr(model, role), cur_iter // every * steps, max_iters // every * steps)
+        for phase in model.phases:
+            self[phase.role].initialize_count_status(getattr(model, phase.role), phase.steps_by(cur_iter),
+                                                     phase.steps_by(max_iters) if max_iters > 0 else max_iters)
 
 
 # MMEngine's wrappers, and ours in their place.
-OWN_WRAPPERS = dict(OptimWrapper='RoleOptimWrapper', AmpOptimWrapper='AutocastOptimWrapper')
+OWN_WRAPPERS = {OptimWrapper: RoleOptimWrapper, AmpOptimWrapper: AutocastOptimWrapper}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -130,9 +186,12 @@ class DistillationOptimWrapperConstructor:
         paramwise_cfg (dict, optional): Not supported here; set it under a role.
     """
 
-    def __init__(self, optim_wrapper_cfg: Dict[str, Any], paramwise_cfg: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, optim_wrapper_cfg: Annotated[dict[str, Any], MAY_BE_INFINITE],
+                 paramwise_cfg: dict[str, Any] | None = None) -> None:
         if paramwise_cfg is not None:
             raise ValueError('optim_wrapper.paramwise_cfg must stand under a role: optim_wrapper.student.paramwise_cfg')
+        for role, cfg in optim_wrapper_cfg.items():
+            check_part(cfg, f'optim_wrapper.{role}')
         self.configs = {k: v for k, v in optim_wrapper_cfg.items() if k not in ('type', 'constructor')}
 
     def __call__(self, model: nn.Module) -> RoleOptimWrapperDict:
@@ -142,14 +201,17 @@ class DistillationOptimWrapperConstructor:
             model (nn.Module): A method, or a data-parallel wrapper of one.
 
         Raises:
-            ValueError: If a trained role has no config, a config has no role, or the fake score accumulates the
-                steps of one rollout.
+            ValueError: If a trained role has no config, a config has no role, or a role accumulates the steps of one
+                rollout.
         """
         model = model.module if is_model_wrapper(model) else model
         roles = model.trained_roles
-        # Swapping model.type between distillation and teacher training needs no other optim_wrapper.
+        # Swapping model.type between distillation and teacher training, or leaving a loss out, needs no other
+        # optim_wrapper.
+        family = {role for method in subclasses(DiffusionModel) for role in method.trains}
+        family |= {loss.role for loss in subclasses(ScoreLoss)}
         for role in [r for r in self.configs if r not in roles]:
-            if role not in ('student', 'fake'):
+            if role not in family:
                 raise ValueError(f'optim_wrapper.{role} is no role: {type(model).__name__} trains {list(roles)}')
             print_log(f'optim_wrapper.{role} does not apply to {type(model).__name__}: left aside', 'current')
         missing = [role for role in roles if role not in self.configs]
@@ -157,19 +219,23 @@ class DistillationOptimWrapperConstructor:
             raise ValueError(f'optim_wrapper.{missing[0]} is missing: {type(model).__name__} trains {list(roles)}, '
                              f'but optim_wrapper has {list(self.configs)}')
         wrappers = {role: self._build(role, getattr(model, role)) for role in roles}
-        counts = getattr(wrappers.get('fake'), '_accumulative_counts', 1)
-        if counts > 1 and getattr(model, 'fake_steps', 1) > 1:
-            raise ValueError(f'model.fake_steps={model.fake_steps} does not go with optim_wrapper.fake.'
-                             f'accumulative_counts={counts}, which would join the steps of one rollout: set one to 1')
+        for phase in model.phases:
+            counts = getattr(wrappers[phase.role], '_accumulative_counts', 1)
+            if counts > 1 and phase.steps > 1:
+                raise ValueError(f'model.{phase.role}_steps={phase.steps} does not go with optim_wrapper.{phase.role}.'
+                                 f'accumulative_counts={counts}, which would join the steps of one rollout: set one '
+                                 'to 1')
         return RoleOptimWrapperDict(**wrappers)
 
     def _build(self, role: str, network: nn.Module) -> OptimWrapper:
+        check_value(self.configs[role], Annotated[dict, MAY_BE_INFINITE], f'optim_wrapper.{role}')
         cfg = dict(self.configs[role])
-        cfg.setdefault('type', 'OptimWrapper')
-        if cfg['type'] == 'AmpOptimWrapper':
-            if cfg.get('dtype', 'float16') != 'bfloat16':
+        cls = class_of(cfg.get('type', OptimWrapper), OPTIM_WRAPPERS)
+        if cls is AmpOptimWrapper:
+            if cfg.get('dtype', 'float16') not in ('bfloat16', torch.bfloat16):
                 raise ValueError(f"optim_wrapper.{role}.dtype must be 'bfloat16' (float16 overflows in these models), "
                                  f"but is {cfg.get('dtype', 'float16, the default of AmpOptimWrapper')!r}")
             cfg.pop('loss_scale', None)
-        cfg['type'] = OWN_WRAPPERS.get(cfg['type'], cfg['type'])
+        if cls in OWN_WRAPPERS:
+            cfg['type'] = OWN_WRAPPERS[cls]
         return build_optim_wrapper(network, cfg)

@@ -4,7 +4,8 @@ A pretrained network is loaded by rank 0 alone, which hands it out weight by wei
 shapes. So one process at a time holds one whole network, whatever the number of ranks.
 """
 import contextlib
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from mmengine.device import get_device
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.engine.deepspeed_config import import_deepspeed, initialize
-from cdm_plugin.engine.launch import on_first_rank
+from cdm_plugin.ranks import on_first_rank
 
-Layout = Dict[str, Tuple[Tuple[int, ...], torch.dtype]]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def build_partitioned(backbone: Backbone, config: Dict[str, Any], dtype: Optional[torch.dtype] = None,
-                      run_dtype: Optional[torch.dtype] = None) -> Tuple[nn.Module, Dict[str, Tensor]]:
+def build_partitioned(backbone: Backbone, config: dict[str, Any], dtype: torch.dtype | None = None,
+                      run_dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
     """A pretrained network, partitioned. Every rank must call it.
 
     Args:
@@ -44,7 +45,7 @@ def build_partitioned(backbone: Backbone, config: Dict[str, Any], dtype: Optiona
     return backbone.compile_blocks(network), pieces
 
 
-def _share_layout(network: Optional[nn.Module]) -> Layout:
+def _share_layout(network: nn.Module | None) -> Layout:
     layout = [None if network is None else {
         name: (tuple(t.shape), t.dtype) for name, t in (*network.named_parameters(), *network.named_buffers())}]
     broadcast_object_list(layout)
@@ -52,8 +53,8 @@ def _share_layout(network: Optional[nn.Module]) -> Layout:
 
 
 @torch.no_grad()
-def _hand_out(network: nn.Module, layout: Layout, config: Dict[str, Any],
-              run_dtype: Optional[torch.dtype]) -> Dict[str, Tensor]:
+def _hand_out(network: nn.Module, layout: Layout, config: dict[str, Any],
+              run_dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Partitions the weights of rank 0's network, one module at a time; buffers become the same on all ranks."""
     deepspeed = import_deepspeed()
     device, rank = torch.device(get_device()), get_rank()
@@ -64,7 +65,7 @@ def _hand_out(network: nn.Module, layout: Layout, config: Dict[str, Any],
         torch.distributed.broadcast(whole, 0)
         return whole
 
-    pieces: Dict[str, Tensor] = {}
+    pieces: dict[str, Tensor] = {}
     # Children come first: what is partitioned already is left alone.
     for prefix, module in reversed(list(network.named_modules())):
         prefix = f'{prefix}.' if prefix else ''
@@ -88,7 +89,7 @@ def _hand_out(network: nn.Module, layout: Layout, config: Dict[str, Any],
     return pieces
 
 
-def partition_frozen(network: nn.Module, config: Dict[str, Any]) -> Any:
+def partition_frozen(network: nn.Module, config: dict[str, Any]) -> Any:
     """Hooks on a frozen network gather its weights block by block from now on; it is called as before, and gradients
     pass through. LoRA adapters in it stay whole: they belong to the roles.
 
@@ -105,7 +106,7 @@ def partition_frozen(network: nn.Module, config: Dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _without_adapters(network: nn.Module) -> Iterator[None]:
-    taken: List[Tuple[nn.Module, str, nn.Module]] = [
+    taken: list[tuple[nn.Module, str, nn.Module]] = [
         (layer, name, layer._modules.pop(name)) for layer in list(network.modules())
         if isinstance(layer, BaseTunerLayer) for name in ('lora_A', 'lora_B')]
     try:

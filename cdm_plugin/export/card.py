@@ -1,53 +1,66 @@
 """The model card of an export."""
+import html
 import importlib.metadata
 import inspect
 import re
 import shutil
+import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from yaml import YAMLError
 
 from cdm_plugin.backbones import Backbone
-from cdm_plugin.conditioners import absolute_folder
 from cdm_plugin.export.job import CARD_FILE, ExportJob, is_whole_pipeline, name_of
-from cdm_plugin.export.recipe import describe_recipe, is_distilled
-from cdm_plugin.lora import PREFIX
+from cdm_plugin.export.recipe import describe_recipe, how_to_sample, is_distilled
+from cdm_plugin.files import inside
+from cdm_plugin.pretrained import absolute_folder
+from cdm_plugin.roles.lora import PREFIX
 from cdm_plugin.version import __version__
 
 DEFAULT_PROMPT = 'a red fox in the snow'
 # In the card's code, before the name of a base that is a folder: where it lies is nobody else's concern.
 PLACEHOLDER = 'path/to/'
+TURNS = set('\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069')
 
 
-def model_card(job: ExportJob, staging: Path, text_config: Dict[str, Any], prompts: Optional[List[Any]],
-                samples: List[str]) -> ModelCard:
-    backbone, method = job.backbone, job.method
+def model_card(job: ExportJob, staging: Path, text_config: dict[str, Any], prompts: list[Any] | None,
+                samples: list[str]) -> ModelCard:
+    backbone = job.backbone
     metadata, base_folder = _read_base_card(backbone)
     licence = {key: metadata[key] for key in ('license', 'license_name', 'license_link') if metadata.get(key)}
-    hub_id, steps, recipe = _hub_id(backbone), len(method.sample_sigmas), describe_recipe(job)
-    shown = hub_id or Path(absolute_folder(backbone.pretrained)).name
+    hub_id, recipe, distilled = _hub_id(backbone), describe_recipe(job), is_distilled(job)
+    sigmas, guidance = how_to_sample(job)
+    steps = len(sigmas)
+    shown = _as_text(hub_id or (Path(absolute_folder(backbone.pretrained)).name if backbone.pretrained else
+                                backbone.network_class.__name__))
     data = ModelCardData(
         base_model=hub_id, library_name='diffusers',
         pipeline_tag='text-to-image' if is_whole_pipeline(backbone) else None,
-        tags=['cdm', 'distillation', 'few-step', recipe['method'].lower(), *(['lora'] if job.as_lora else [])],
+        tags=[*(['cdm', 'distillation', 'few-step'] if distilled else []), recipe['method'].lower(),
+              *(['lora'] if job.as_lora else [])],
         **_licence_fields(licence, hub_id, base_folder, staging))
-    distilled = 'distilled' if is_distilled(job) else 'trained'
     what = 'A LoRA adapter' if job.as_lora else 'A model'
+    kind = 'of' if backbone.pretrained else 'from random weights, a'
+    how = f'distilled to make images in {steps} steps' if distilled else (
+        f'fine-tuned, not distilled: it makes images in about {steps} steps with a guidance scale of {guidance:g}, as '
+        'its base does')
     sections = [
-        f'# {shown}, {steps} steps',
-        f'{what} of {shown}, {distilled} to make images in {steps} steps, {job.image_size[1]}x{job.image_size[0]} '
-        'pixels. Written by cdm_plugin.',
+        f'# {shown}, {f"{steps} steps" if distilled else "fine-tuned"}',
+        f'{what} {kind} {shown}, {how}, {job.image_size[1]}x{job.image_size[0]} pixels. Written by cdm_plugin.',
         '## How to use', _usage(job, text_config, prompts)]
     if samples:
-        shown_prompts = [re.sub(r'[\[\]\s]+', ' ', str(prompt)).strip() for prompt in prompts]
+        shown_prompts = [_as_text(re.sub(r'[\[\]]', ' ', str(prompt))) for prompt in prompts]
         images = [f'{prompt}\n\n![{prompt}]({name})' for prompt, name in zip(shown_prompts, samples)]
         sections += ['## Samples', f'{steps} steps, first images drawn:', *images]
-    found = f'`{licence["license"]}`' if 'license' in licence else 'see its page or folder'
-    sections += ['## Recipe', _table(recipe), '## Licence',
-                 f'The licence of the base model, {shown}, applies: {found}.', '## Versions', _table(_versions())]
+    found = _as_text(licence['license']) if 'license' in licence else 'see its page or folder'
+    sections += ['## Recipe', _table(recipe)]
+    if backbone.pretrained is not None:
+        sections += ['## Licence', f'The licence of the base model, {shown}, applies: {found}.']
+    sections += ['## Versions', _table(_versions())]
     if job.config is not None:
         sections += ['## Config', f'<details><summary>The whole training config</summary>\n\n````python\n'
                                   f'{job.config.pretty_text.strip()}\n````\n\n</details>']
@@ -55,16 +68,18 @@ def model_card(job: ExportJob, staging: Path, text_config: Dict[str, Any], promp
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}\n')
 
 
-def _hub_id(backbone: Backbone) -> Optional[str]:
+def _hub_id(backbone: Backbone) -> str | None:
     """The base's name on the hub, if it has one."""
-    if not Path(backbone.pretrained).is_dir():
+    if backbone.pretrained is None or not Path(backbone.pretrained).is_dir():
         return backbone.pretrained
     cached = [part for part in Path(absolute_folder(backbone.pretrained)).parts if part.startswith('models--')]
     return cached[-1].removeprefix('models--').replace('--', '/') if cached else None
 
 
-def _read_base_card(backbone: Backbone) -> Tuple[Dict[str, Any], Optional[Path]]:
+def _read_base_card(backbone: Backbone) -> tuple[dict[str, Any], Path | None]:
     """Metadata of the base's own model card, and its folder; of a hub model only if it is on this machine."""
+    if backbone.pretrained is None:
+        return {}, None
     path: Any = Path(backbone.pretrained, CARD_FILE)
     if not Path(backbone.pretrained).is_dir():
         path = try_to_load_from_cache(backbone.pretrained, CARD_FILE, cache_dir=backbone.load_kwargs.get('cache_dir'),
@@ -77,33 +92,35 @@ def _read_base_card(backbone: Backbone) -> Tuple[Dict[str, Any], Optional[Path]]
         return {}, None
 
 
-def _licence_fields(licence: Dict[str, Any], hub_id: Optional[str], base_folder: Optional[Path],
-                    staging: Path) -> Dict[str, Any]:
+def _licence_fields(licence: dict[str, Any], hub_id: str | None, base_folder: Path | None,
+                    staging: Path) -> dict[str, Any]:
     """The card's licence; a file that it names by a relative path is copied, or linked where the base has it."""
     licence = dict(licence or dict(license='other'))
     link = str(licence.get('license_link', ''))
     if link and '://' not in link:
         file = None if base_folder is None else base_folder / link
-        if file is not None and file.is_file() and Path(link).name == link:
-            shutil.copyfile(file, staging / link)
+        if file is not None and file.is_file() and Path(link).name == link and not (staging / link).exists():
+            shutil.copyfile(inside(base_folder, link, base_folder / CARD_FILE), staging / link)
         elif hub_id is not None:
             licence['license_link'] = f'https://huggingface.co/{hub_id}/blob/main/{link}'
     return licence
 
 
-def _usage(job: ExportJob, text_config: Dict[str, Any], prompts: Optional[List[Any]]) -> str:
+def _usage(job: ExportJob, text_config: dict[str, Any], prompts: list[Any] | None) -> str:
     if not is_whole_pipeline(job.backbone):
-        return (f'In this folder, with cdm_plugin installed:\n\n```python\n{_package_code(prompts)}\n```\n\n'
-                'The base is where `cdm_parts.json` says.')
-    notes = [
-        'Pass `sigmas` as above: they are the levels (before the scheduler\'s shift) that the student was trained for. '
-        'A scheduler\'s config cannot carry them, and a pipeline\'s own levels for this number of steps may differ '
-        '(those of StableDiffusion3Pipeline do, slightly).']
+        base = '\n\nThe base is where `cdm_parts.json` says.' if job.as_lora else ''
+        return f'In this folder, with cdm_plugin installed:\n\n```python\n{_package_code(prompts)}\n```{base}'
+    notes = []
     if is_distilled(job):
-        notes.append('Guidance is built in: the call above has none on top of it, so each step is one network call.')
-    if 'guidance_scale' in _call_arguments(job, text_config) and hasattr(job.backbone, 'embedded_guidance'):
-        notes.append('`guidance_scale` is the guidance that the network is told; `true_cfg_scale` is the one that '
-                     'stays off.')
+        notes += [
+            'Pass `sigmas` as above: they are the levels (before the scheduler\'s shift) that the student was trained '
+            'for. A scheduler\'s config cannot carry them, and a pipeline\'s own levels for this number of steps may '
+            'differ (those of StableDiffusion3Pipeline do, slightly).',
+            'Guidance is built in: the call above has none on top of it, so each step is one network call.']
+    call = _call_arguments(job, text_config)
+    if 'guidance_scale' in call and hasattr(job.backbone, 'embedded_guidance'):
+        notes.append('`guidance_scale` is the guidance that the network is told'
+                     + ('; `true_cfg_scale` is the one that stays off.' if 'true_cfg_scale' in call else '.'))
     if text_config.get('t5') is False:
         notes.append('Diffusers wants to be told that there is no third text encoder: the student was trained without '
                      'it.')
@@ -116,7 +133,7 @@ def _usage(job: ExportJob, text_config: Dict[str, Any], prompts: Optional[List[A
     return f'In this folder, with diffusers:\n\n```python\n{code}\n```\n\n' + '\n\n'.join(notes)
 
 
-def _base_in_code(backbone: Backbone) -> Tuple[str, Dict[str, Any]]:
+def _base_in_code(backbone: Backbone) -> tuple[str, dict[str, Any]]:
     """What from_pretrained takes for the base on any machine: its hub id and revision, or a folder to fill in."""
     which = {k: v for k, v in backbone.load_kwargs.items() if k in ('revision', 'variant')}
     if not Path(backbone.pretrained).is_dir():
@@ -127,15 +144,15 @@ def _base_in_code(backbone: Backbone) -> Tuple[str, Dict[str, Any]]:
     return PLACEHOLDER + folder.name, which
 
 
-def _package_code(prompts: Optional[List[Any]]) -> str:
+def _package_code(prompts: list[Any] | None) -> str:
     return '\n'.join([
-        'import torch', 'from cdm_plugin.images import save_pngs',
+        'import torch', 'from cdm_plugin.sheets import save_pngs',
         'from cdm_plugin.inference import load_method, sample_prompts', '', "method = load_method('.')",
         'noise = torch.randn(method.latent_shape(1))',
         f"save_pngs(sample_prompts(method, [{(prompts or [0])[0]!r}], noise), '.', ['image'])"])
 
 
-def _diffusers_code(job: ExportJob, text_config: Dict[str, Any], prompts: Optional[List[Any]]) -> str:
+def _diffusers_code(job: ExportJob, text_config: dict[str, Any], prompts: list[Any] | None) -> str:
     backbone, dtype = job.backbone, job.target_dtype
     pipeline_class = backbone.pipeline_class()
     base, loading = _base_in_code(backbone) if job.as_lora else ('.', {})
@@ -157,13 +174,13 @@ def _diffusers_code(job: ExportJob, text_config: Dict[str, Any], prompts: Option
         lines.append("pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained('.', "
                      "subfolder='scheduler')")
     prompt = str((prompts or [DEFAULT_PROMPT])[0])
-    call = [repr(prompt), *(f'{key}={value!r}' for key, value in _call_arguments(job, text_config).items())]
+    call = [f'{key}={value!r}' for key, value in dict(prompt=prompt, **_call_arguments(job, text_config)).items()]
     lines += ["pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')",
               _call('image = pipeline', call, '.images[0]'), "image.save('image.png')"]
     return '\n'.join(lines)
 
 
-def _call(function: str, arguments: List[str], after: str = '') -> str:
+def _call(function: str, arguments: list[str], after: str = '') -> str:
     """A call as a line of code, broken if it is long."""
     line = f'{function}({", ".join(arguments)}){after}'
     if len(line) <= 100:
@@ -171,15 +188,14 @@ def _call(function: str, arguments: List[str], after: str = '') -> str:
     return f'{function}(\n    ' + ',\n    '.join(arguments) + f'){after}'
 
 
-def _call_arguments(job: ExportJob, text_config: Dict[str, Any]) -> Dict[str, Any]:
+def _call_arguments(job: ExportJob, text_config: dict[str, Any]) -> dict[str, Any]:
     """What a diffusers pipeline has to be told so that it samples as the student was trained to."""
-    backbone, sigmas = job.backbone, job.method.sample_sigmas.tolist()
+    backbone, (sigmas, guidance) = job.backbone, how_to_sample(job)
     parameters = inspect.signature(backbone.pipeline_class().__call__).parameters
-    guidance = 1.0 if is_distilled(job) else backbone.pipeline_defaults()['guidance_scale']
-    wanted = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas), sigmas=sigmas,
-                  guidance_scale=guidance)
-    if 'true_cfg_scale' in parameters:
-        wanted.update(guidance_scale=getattr(backbone, 'embedded_guidance', guidance), true_cfg_scale=guidance)
+    wanted = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas))
+    if is_distilled(job):
+        wanted['sigmas'] = sigmas.tolist()
+    wanted.update(backbone.pipeline_guidance(guidance))
     if 'enable_prompt_rewrite' in parameters:
         wanted['enable_prompt_rewrite'] = False
     length = text_config.get('max_sequence_length')
@@ -188,10 +204,23 @@ def _call_arguments(job: ExportJob, text_config: Dict[str, Any]) -> Dict[str, An
     return wanted
 
 
-def _versions() -> Dict[str, str]:
+def _versions() -> dict[str, str]:
     libraries = ('mmengine', 'torch', 'diffusers', 'transformers', 'peft', 'safetensors')
     return {'cdm_plugin': __version__, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    return '\n'.join(['| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items())])
+    return '\n'.join(['| | |', '| --- | --- |',
+                      *(f'| {_as_text(key)} | {_as_text(value)} |' for key, value in rows.items())])
+
+
+def _as_text(value: Any) -> str:
+    """One line of Markdown that shows a text and does nothing else: prompts, and what an earlier folder says, may be a
+    stranger's. Control characters and those that turn the direction of the line around are left out."""
+    text = ' '.join(''.join(c for c in str(value) if c.isspace() or unicodedata.category(c) != 'Cc' and c not in TURNS
+                            ).split())
+    text = html.escape(text, quote=False)
+    text = re.sub(r'[\\`*~|$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|^[-+=#]', r'\\\g<0>', text)
+    text = re.sub(r'^(\d+)([.)]) ', r'\1\\\2 ', text)
+    return re.sub(r'(?<=\w):(?=//)|(?<=www)\.', lambda m: f'&#{ord(m[0])};', text)  # what Markdown makes links of
+

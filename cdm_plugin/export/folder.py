@@ -1,19 +1,15 @@
 """Writes a trained student as files that others open: a diffusers pipeline, a LoRA file, or a network."""
 import contextlib
-import copy
 import inspect
 import json
 import os
-import random
 import shutil
-import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
-from diffusers import ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import snapshot_download
 from mmengine.config import Config
@@ -23,31 +19,43 @@ from safetensors.torch import save_file
 
 from cdm_plugin.assets import ROOT, SCHEME
 from cdm_plugin.backbones import Backbone
-from cdm_plugin.backbones.base import PARTS_FILE
-from cdm_plugin.conditioners import Conditioner, EmbeddingConditioner, absolute_folder
-from cdm_plugin.data.embedding_files import read_index
-from cdm_plugin.draws import stream
+from cdm_plugin.backbones.parts import PARTS_FILE
+from cdm_plugin.conditioners import Conditioner, EmbeddingConditioner
+from cdm_plugin.data.embeddings.files import INDEX, read_index
+from cdm_plugin.draws import randomness_kept, stream
 from cdm_plugin.export.card import model_card
-from cdm_plugin.export.job import (CARD_FILE, INDEX_FILE, ExportJob, checked_dtype, is_whole_pipeline, missing_t5,
-                                   name_of)
-from cdm_plugin.export.recipe import describe_recipe
+from cdm_plugin.export.job import (
+    CARD_FILE,
+    INDEX_FILE,
+    ExportJob,
+    checked_dtype,
+    is_whole_pipeline,
+    missing_t5,
+    name_of,
+)
+from cdm_plugin.export.recipe import describe_recipe, how_to_sample
 from cdm_plugin.export.staging import staged, was_interrupted
-from cdm_plugin.images import save_pngs
-from cdm_plugin.lora import PREFIX, save_lora
+from cdm_plugin.export.weights import exported_network
+from cdm_plugin.files import inside
 from cdm_plugin.methods import DiffusionModel
-from cdm_plugin.networks import unwrap
+from cdm_plugin.pretrained import absolute_folder
+from cdm_plugin.registry import checked_types, registered
+from cdm_plugin.roles.ema import check_finite
+from cdm_plugin.roles.lora import save_lora
+from cdm_plugin.roles.weights import unwrap
+from cdm_plugin.secrets import is_secret, masked
+from cdm_plugin.sheets import save_pngs
 
 SAMPLES = 'samples'
 # Formats that may execute code when they are opened.
 PICKLES = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt')
 # What says where a part of a pipeline comes from rather than how it is used.
 ORIGIN_KEYS = ('type', 'pretrained', 'subfolder', 'revision', 'variant')
-SECRETS = ('token', 'use_auth_token', 'api_key', 'password', 'secret')
 
 
-def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, dtype: Optional[str] = None,
-           fuse: bool = False, config: Union[None, Config, Mapping[str, Any]] = None,
-           prompts: Optional[List[Any]] = None, iterations: Optional[int] = None) -> Path:
+def export(method: DiffusionModel, folder: str | Path, ema: bool = True, dtype: str | None = None,
+           fuse: bool = False, config: None | Config | Mapping[str, Any] = None,
+           prompts: list[Any] | None = None, iterations: int | None = None) -> Path:
     """Writes the student as a folder, safetensors only. The method stays as it is, random numbers included.
 
     - Distilled from a whole pipeline: a pipeline of diffusers, which needs nothing of this package.
@@ -56,7 +64,7 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, d
     - Class-conditional or pixel-space: the network in diffusers' layout.
 
     `cdm_plugin.inference.load_method(folder)` opens all of them, `backbone.pretrained=folder` those with whole
-    weights. The first two have a model card, README.md. An earlier export in the folder is replaced, once the new one
+    weights. Each has a model card, README.md. An earlier export in the folder is replaced, once the new one
     is complete; if that is interrupted, the next export begins by putting the earlier one back.
 
     Args:
@@ -74,29 +82,30 @@ def export(method: DiffusionModel, folder: Union[str, Path], ema: bool = True, d
         Path: The folder.
 
     Raises:
-        ValueError: If it cannot be written so, see `check_export`.
+        ValueError: If it cannot be written so, see `check_export`, or has weights that are not finite.
     """
     check_export(method, folder, dtype, fuse)
+    check_finite(method, ema, 'the student')
     if iterations is None and method.iteration is not None:
         iterations = method.iteration + 1
     if config is not None:
-        config = Config(_publishable(config.to_dict() if isinstance(config, Config) else dict(config)))
+        config = Config(_publishable(masked(config.to_dict() if isinstance(config, Config) else dict(config))))
     job = ExportJob(method, ema and method.student_ema is not None, checked_dtype(dtype), fuse, config, iterations)
-    with _randomness_kept(), staged(Path(folder), _own_names(job.backbone)) as staging:
-        if not job.as_lora and not is_whole_pipeline(job.backbone):
-            _write_network(job, staging)
-            _draw(job, staging, prompts)
+    with randomness_kept(), staged(Path(folder), _own_names(job.backbone)) as staging:
+        text_config, conditioner = _text_config(job), None
+        if job.as_lora:
+            _write_lora(job, staging, text_config)
+        elif is_whole_pipeline(job.backbone):
+            conditioner = _write_pipeline(job, staging, text_config)
         else:
-            text_config = _text_config(job)
-            write = _write_lora if job.as_lora else _write_pipeline
-            conditioner = write(job, staging, text_config)
-            samples = _draw(job, staging, prompts, conditioner or text_config)
-            model_card(job, staging, text_config, prompts, samples).save(staging / CARD_FILE)
+            job.backbone.save_pretrained(exported_network(job), staging, **_recipe(job))
+        samples = _draw(job, staging, prompts, conditioner or text_config)
+        model_card(job, staging, text_config, prompts, samples).save(staging / CARD_FILE)
         _finish(staging)
     return Path(folder)
 
 
-def check_export(method: DiffusionModel, folder: Union[str, Path], dtype: Optional[str] = None,
+def check_export(method: DiffusionModel, folder: str | Path, dtype: str | None = None,
                  fuse: bool = False) -> None:
     """Finds what `export` would fail on, before anything is trained or written.
 
@@ -127,7 +136,7 @@ def check_export(method: DiffusionModel, folder: Union[str, Path], dtype: Option
 # The folder
 
 
-def _own_names(backbone: Backbone) -> List[str]:
+def _own_names(backbone: Backbone) -> list[str]:
     """Everything that an export may write at the top of its folder."""
     names = [PARTS_FILE, INDEX_FILE, CARD_FILE, SAMPLES, LORA_WEIGHT_NAME_SAFE, 'transformer', 'scheduler', 'vae']
     if is_whole_pipeline(backbone):
@@ -145,19 +154,6 @@ def _finish(staging: Path) -> None:
 
 
 @contextlib.contextmanager
-def _randomness_kept() -> Iterator[None]:
-    """Random numbers go on after it as if nothing had been drawn inside."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
     verbosity = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity_error()
@@ -167,87 +163,51 @@ def _quiet_diffusers() -> Iterator[None]:
         diffusers.logging.set_verbosity(verbosity)
 
 
-def _recipe(job: ExportJob) -> Dict[str, Any]:
-    return dict(image_size=job.image_size, sample_sigmas=job.method.sample_sigmas.tolist(),
+def _recipe(job: ExportJob) -> dict[str, Any]:
+    return dict(image_size=job.image_size, sample_sigmas=how_to_sample(job)[0].tolist(),
                 recipe=describe_recipe(job))
 
 
 # Whole weights
 
 
-def _write_network(job: ExportJob, staging: Path) -> None:
-    job.backbone.save_pretrained(_network(job), staging, **_recipe(job))
-
-
-def _write_pipeline(job: ExportJob, staging: Path, text_config: Dict[str, Any]) -> Conditioner:
+def _write_pipeline(job: ExportJob, staging: Path, text_config: dict[str, Any]) -> Conditioner:
     """Writes the pipeline, and returns its text encoders."""
     backbone, dtype = job.backbone, name_of(job.target_dtype)
     index = dict(backbone.pipeline_class().load_config(backbone.pretrained, **backbone._hub_kwargs))
     codec = _in_dtype(backbone, backbone.codec, backbone.codec.to_config(), dtype)
     conditioner = _in_dtype(backbone, backbone.conditioner, text_config, dtype)
-    components = dict(conditioner.pipeline.components, transformer=_network(job), scheduler=backbone.scheduler,
+    components = dict(conditioner.pipeline.components, transformer=exported_network(job), scheduler=backbone.scheduler,
                       vae=codec.vae)
-    pipeline = backbone.pipeline_class()(**components)
+    settings = {name: index[name] for name in inspect.signature(backbone.pipeline_class().__init__).parameters
+                if name in index and name not in components}  # plain data, which layers of a text encoder are taken
+    pipeline = backbone.pipeline_class()(**components, **settings)
     with _quiet_diffusers():  # it warns of every part that is None, on purpose
         pipeline.save_pretrained(staging, safe_serialization=True)
     _copy_processors(backbone, index, pipeline, staging)
     backbone.save_pretrained(
         None, staging, **_recipe(job), conditioner=_part_entry(text_config, backbone.conditioner_type),
-        codec=_part_entry(backbone.codec.to_config(), 'VAECodec'))
+        codec=_part_entry(backbone.codec.to_config(), backbone.codec_type))
     return conditioner
 
 
-def _in_dtype(backbone: Backbone, part: Any, config: Dict[str, Any], dtype: str) -> Any:
+def _in_dtype(backbone: Backbone, part: Any, config: dict[str, Any], dtype: str) -> Any:
     """A part of the pipeline in a dtype: the one that is there if it fits, otherwise loaded again."""
     if part.to_config() == config and config.get('dtype', 'float32') == dtype:
         return part
     return MODELS.build({**_access(backbone), **config, 'dtype': dtype})
 
 
-def _access(backbone: Backbone) -> Dict[str, Any]:
+def _access(backbone: Backbone) -> dict[str, Any]:
     """Those of from_pretrained's arguments that say how to reach files, rather than which."""
     return {k: v for k, v in backbone.load_kwargs.items() if k not in ('revision', 'variant', 'force_download')}
 
 
-def _network(job: ExportJob) -> ModelMixin:
-    """The student on the CPU with the weights that are exported, apart from the method's own."""
-    if job.method.lora is not None:
-        return _fused(job)
-    student = unwrap(job.method.student)
-    weights = student.state_dict()
-    average = job.method.student_ema.weights if job.ema else {}
-    with torch.device('meta'):
-        network = type(student).from_config(student.config)
-    network.load_state_dict(
-        {name: _cast(average.get(name, w).detach().to('cpu', w.dtype), job.dtype) for name, w in weights.items()},
-        assign=True)
-    return network
-
-
-def _cast(tensor: torch.Tensor, dtype: Optional[torch.dtype]) -> torch.Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _fused(job: ExportJob) -> ModelMixin:
-    """A fresh network with the adapters added to its weights, by diffusers itself."""
-    backbone = copy.copy(job.backbone)
-    backbone.compile, backbone.quantization = False, None
-    wide = job.backbone.dtype if job.backbone.dtype == torch.float64 else torch.float32
-    network = backbone.build_network().to(wide)  # the base as it was trained with; the sum is rounded once
-    with tempfile.TemporaryDirectory() as folder:
-        with job.weights():
-            save_lora(unwrap(job.method.student), folder)
-        network.load_lora_adapter(folder, prefix=PREFIX, use_safetensors=True)
-    network.fuse_lora(safe_fusing=True)
-    network.unload_lora()
-    return network if network.dtype == job.target_dtype else network.to(job.target_dtype)
-
-
-def _copy_processors(backbone: Backbone, index: Dict[str, Any], pipeline: Any, staging: Path) -> None:
-    """Takes over what a pipeline's source has besides models and tokenizers, without opening it: LongCat-Image's text
-    processor rewrites prompts, and cannot be loaded where torchvision is not installed."""
+def _copy_processors(backbone: Backbone, index: dict[str, Any], pipeline: Any, staging: Path) -> None:
+    """Takes over what a pipeline's source has besides models and tokenizers, without opening it: processors cannot be
+    loaded where torchvision is not installed, and encoding texts takes none, or its tokenizer alone."""
     names = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and name in pipeline.components
-             and str(entry[-1]).endswith('Processor') and getattr(pipeline, name) is None]
+             and str(entry[-1]).endswith('Processor') and type(getattr(pipeline, name)).__name__ != entry[-1]]
     if not names:
         return
     source = Path(backbone.pretrained)
@@ -256,7 +216,9 @@ def _copy_processors(backbone: Backbone, index: Dict[str, Any], pipeline: Any, s
                                         **backbone._hub_kwargs))
     written = json.loads((staging / INDEX_FILE).read_text())
     for name in names:
-        shutil.copytree(source / name, staging / name,
+        for file in (source / name).rglob('*'):  # a link that leads out would publish what it leads to
+            inside(source, str(file.relative_to(source)), source)
+        shutil.copytree(source / name, staging / name, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns(*(f'*{suffix}' for suffix in PICKLES)))
         written[name] = list(index[name])
     (staging / INDEX_FILE).write_text(json.dumps(written, indent=2) + '\n')
@@ -269,9 +231,10 @@ def _forget_origin(file: Path) -> None:
         file.write_text(json.dumps(content, indent=2) + '\n')
 
 
-def _part_entry(config: Dict[str, Any], default_type: str, source: Optional[str] = None) -> Dict[str, Any]:
+def _part_entry(config: dict[str, Any], default_type: str, source: str | None = None) -> dict[str, Any]:
     """What cdm_parts.json says of a conditioner or codec: what differs from that of the folder (or of `source`)."""
-    parameters = {name: p.default for cls in reversed(MODELS.get(config['type']).__mro__) if '__init__' in vars(cls)
+    kinds = registered(config['type'], MODELS).__mro__
+    parameters = {name: p.default for cls in reversed(kinds) if '__init__' in vars(cls)
                   for name, p in inspect.signature(cls.__init__).parameters.items()}
     own = {key: value for key, value in config.items() if key not in ORIGIN_KEYS and parameters.get(key) != value}
     if source is not None and absolute_folder(config['pretrained']) != absolute_folder(source):
@@ -281,7 +244,7 @@ def _part_entry(config: Dict[str, Any], default_type: str, source: Optional[str]
     return own
 
 
-def _text_config(job: ExportJob) -> Dict[str, Any]:
+def _text_config(job: ExportJob) -> dict[str, Any]:
     """Config of the conditioner with the text encoders that the student was trained with."""
     backbone = job.backbone
     config = backbone.conditioner.to_config()
@@ -293,20 +256,21 @@ def _text_config(job: ExportJob) -> Dict[str, Any]:
     return {**config, **missing_t5(index), **_cached_arguments(job, config['type'])}
 
 
-def _cached_arguments(job: ExportJob, kind: str) -> Dict[str, Any]:
+def _cached_arguments(job: ExportJob, kind: str) -> dict[str, Any]:
     """How the encoders were used that `cdm cache` made the embeddings with, if that is known."""
     folder = getattr(job.backbone.conditioner, 'folder', None)
     index = read_index(Path(folder)) if folder is not None and Path(folder).is_dir() else None
     encoder = (index or {}).get('encoder', {})
     if encoder.get('type') != kind:
         return {}
+    encoder = checked_types(encoder, Path(folder, INDEX), 'encoder')
     return {key: value for key, value in encoder.items() if key not in (*ORIGIN_KEYS, 'dtype')}
 
 
 # LoRA
 
 
-def _write_lora(job: ExportJob, staging: Path, text_config: Dict[str, Any]) -> None:
+def _write_lora(job: ExportJob, staging: Path, text_config: dict[str, Any]) -> None:
     backbone, lora = job.backbone, job.method.lora
     with job.weights():
         file = save_lora(unwrap(job.method.student), str(staging))
@@ -321,17 +285,17 @@ def _write_lora(job: ExportJob, staging: Path, text_config: Dict[str, Any]) -> N
     entries = dict(conditioner=text_config or None, codec=backbone.codec.to_config())
     if is_whole_pipeline(backbone):
         entries = dict(conditioner=_part_entry(text_config, backbone.conditioner_type, backbone.pretrained),
-                       codec=_part_entry(backbone.codec.to_config(), 'VAECodec', backbone.pretrained))
+                       codec=_part_entry(backbone.codec.to_config(), backbone.codec_type, backbone.pretrained))
     backbone.save_pretrained(None, staging, **_recipe(job), **entries, base=_base(backbone), lora=settings)
 
 
-def _base(backbone: Backbone) -> Dict[str, Any]:
+def _base(backbone: Backbone) -> dict[str, Any]:
     """Arguments that build the backbone of the adapters' base again."""
     pretrained = absolute_folder(backbone.pretrained)
     if Path(pretrained).is_dir() and ROOT.resolve() in Path(pretrained).parents:
         pretrained = SCHEME + Path(pretrained).relative_to(ROOT.resolve()).as_posix()
     base = dict(pretrained=pretrained, dtype=name_of(backbone.dtype),
-                **{k: v for k, v in backbone.load_kwargs.items() if k not in ('token', 'force_download')})
+                **{k: v for k, v in backbone.load_kwargs.items() if not is_secret(k, v) and k != 'force_download'})
     if backbone.subfolder != 'transformer':
         base['subfolder'] = backbone.subfolder
     for name, parameter in inspect.signature(type(backbone).__init__).parameters.items():  # the architecture's own
@@ -343,29 +307,30 @@ def _base(backbone: Backbone) -> Dict[str, Any]:
 # Samples
 
 
-def _draw(job: ExportJob, staging: Path, prompts: Optional[List[Any]],
-          text: Union[None, Conditioner, Dict[str, Any]] = None) -> List[str]:
+def _draw(job: ExportJob, staging: Path, prompts: list[Any] | None,
+          text: None | Conditioner | dict[str, Any] = None) -> list[str]:
     """Draws an image of each prompt with the exported weights, and returns the files' names."""
     if not prompts:
         return []
     method, conditioner = job.method, job.backbone.conditioner
     if isinstance(conditioner, EmbeddingConditioner) and text:  # the embeddings were computed before
         conditioner = MODELS.build({**_access(job.backbone), **text}) if isinstance(text, dict) else text
+    sigmas, guidance = how_to_sample(job)
     names, noise = [], torch.randn(method.latent_shape(len(prompts)), generator=stream(0, 'sample'))
     with job.weights():
         for i, prompt in enumerate(prompts):
             condition = conditioner.encode([prompt])
             job.backbone.check_condition(condition)
-            save_pngs(method.sample(condition, noise[i:i + 1]), staging / SAMPLES, [f'{i:04d}'])
+            images = method.sample(condition, noise[i:i + 1], sigmas=sigmas, guidance_scale=guidance)
+            save_pngs(images, staging / SAMPLES, [f'{i:04d}'])
             names.append(f'{SAMPLES}/{i:04d}.png')
     return names
 
 
 def _publishable(value: Any) -> Any:
-    """A config without its tokens, and without where things lie on this machine."""
+    """A config without where things lie on this machine."""
     if isinstance(value, Mapping):
-        return {key: '***' if key in SECRETS and isinstance(child, str) else _publishable(child)
-                for key, child in value.items()}
+        return {key: _publishable(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_publishable(child) for child in value)
     if isinstance(value, (str, Path)) and _is_local_path(str(value)):

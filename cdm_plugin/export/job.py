@@ -1,17 +1,22 @@
 """What is exported, and how."""
 import contextlib
+import copy
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.codecs import VAECodec
-from cdm_plugin.conditioners import EmbeddingConditioner, PipelineConditioner, check_dtype
+from cdm_plugin.conditioners import EmbeddingConditioner, PipelineConditioner
 from cdm_plugin.methods import DiffusionModel
-from cdm_plugin.networks import dtype_of
+from cdm_plugin.pretrained import check_dtype
+from cdm_plugin.roles.weights import dtype_of
 
 INDEX_FILE, CARD_FILE = 'model_index.json', 'README.md'
 
@@ -21,10 +26,10 @@ class ExportJob:
     """What is exported, and how."""
     method: DiffusionModel
     ema: bool
-    dtype: Optional[torch.dtype]
+    dtype: torch.dtype | None
     fuse: bool
-    config: Optional[Config]
-    iterations: Optional[int]
+    config: Config | None
+    iterations: int | None
 
     @property
     def backbone(self) -> Backbone:
@@ -36,9 +41,9 @@ class ExportJob:
         return self.method.lora is not None and not self.fuse
 
     @property
-    def image_size(self) -> List[int]:
+    def image_size(self) -> list[int]:
         """Height and width in pixels."""
-        return [side * self.backbone.codec.scale for side in self.method.latent_size]
+        return [side * self.backbone.codec.scale for side in self.method.latent_sizes[0]]
 
     @property
     def target_dtype(self) -> torch.dtype:
@@ -49,6 +54,24 @@ class ExportJob:
             return torch.float32 if self.fuse and own == torch.bfloat16 else own
         return self.dtype
 
+    def file_dtype(self, own: torch.dtype) -> torch.dtype:
+        """Dtype in the files of a weight that has this one in the network."""
+        if not own.is_floating_point:
+            return own
+        return self.target_dtype if self.fuse else self.dtype or own
+
+    @functools.cached_property
+    def trained_as(self) -> DiffusionModel:
+        """The method that the student was trained by, for what it says of itself: where the student was loaded alone,
+        one of the same config whose networks have no memory."""
+        model = {} if self.method.config is None else dict(self.method.config.model)
+        if type(self.method) is not DiffusionModel or not model:
+            return self.method
+        backbone = copy.copy(self.backbone)
+        backbone.dtype, backbone.quantization = torch.float32, None
+        backbone.build_network = backbone.empty_network
+        return MODELS.build({**{key: value for key, value in model.items() if value is not None}, 'backbone': backbone})
+
     def weights(self) -> contextlib.AbstractContextManager:
         """Context in which the student carries the weights that are exported."""
         return self.method.student_ema.applied() if self.ema else contextlib.nullcontext()
@@ -56,19 +79,19 @@ class ExportJob:
 
 def is_whole_pipeline(backbone: Backbone) -> bool:
     """Whether a backbone is that of a pipeline with text encoders and VAE, which diffusers can run by itself."""
-    if backbone.pretrained is None or not isinstance(backbone.codec, VAECodec):
+    if None in (backbone.pretrained, backbone.pipeline_name) or not isinstance(backbone.codec, VAECodec):
         return False
     if Path(backbone.pretrained).is_dir() and not Path(backbone.pretrained, INDEX_FILE).is_file():
         return False
     return isinstance(backbone.conditioner, (PipelineConditioner, EmbeddingConditioner))
 
 
-def missing_t5(index: Mapping[str, Any]) -> Dict[str, Any]:
+def missing_t5(index: Mapping[str, Any]) -> dict[str, Any]:
     """The conditioner's arguments for a pipeline without its optional T5, by its model_index.json."""
     return dict(t5=False) if (index.get('text_encoder_3') or [''])[0] is None else {}
 
 
-def checked_dtype(name: Optional[str]) -> Optional[torch.dtype]:
+def checked_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else check_dtype(name, 'the export\'s dtype')
 
 

@@ -37,36 +37,9 @@ def direction_loss(x0_student: Tensor, delta: Tensor, x0_reference: Tensor, min_
     return _per_sample_mean((x0 - target).square())
 
 
-def ca_loss(x0_student: Tensor, x0_cond: Tensor, x0_null: Tensor, alpha: float, min_norm: float = 0.1) -> Tensor:
-    """Classifier-free-guidance augmentation: delta = alpha (D_teacher(z, c) - D_teacher(z, null)).
-
-    Args:
-        x0_student (Tensor): The student's clean latents, with gradient, (B, ...).
-        x0_cond (Tensor): The teacher's clean latents with the condition, (B, ...).
-        x0_null (Tensor): The teacher's clean latents with the null condition, (B, ...).
-        alpha (float): Strength; a guidance scale s corresponds to alpha = s - 1.
-        min_norm (float): Lower clamp of the normaliser. Default 0.1.
-
-    Returns:
-        Tensor: Loss of each sample, (B,).
-    """
-    delta = alpha * (full_precision(x0_cond) - full_precision(x0_null))
-    return direction_loss(x0_student, delta, x0_cond, min_norm)
-
-
-def dm_loss(x0_student: Tensor, x0_teacher: Tensor, x0_fake: Tensor, min_norm: float = 0.1) -> Tensor:
-    """Distribution matching: delta = D_teacher(z, c) - D_fake(z, c).
-
-    Args:
-        x0_student (Tensor): The student's clean latents, with gradient, (B, ...).
-        x0_teacher (Tensor): The teacher's clean latents, (B, ...).
-        x0_fake (Tensor): The fake score's clean latents, (B, ...).
-        min_norm (float): Lower clamp of the normaliser. Default 0.1.
-
-    Returns:
-        Tensor: Loss of each sample, (B,).
-    """
-    return direction_loss(x0_student, full_precision(x0_teacher) - full_precision(x0_fake), x0_teacher, min_norm)
+def clamp_share(norm: Tensor, min_norm: float) -> Tensor:
+    """Share of samples whose normaliser is clamped, in [0, 1], scalar: high values mean that w has lost its scale."""
+    return (norm < min_norm).to(norm.dtype).mean()
 
 
 def flow_matching_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:

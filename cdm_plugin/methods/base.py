@@ -1,7 +1,8 @@
-"""What every method is: an MMEngine model with a backbone, a student network, and a way to sample from it."""
+"""What every method is: an MMEngine model with a backbone, roles, and a way to sample from them."""
 import contextlib
 from collections import Counter
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from mmengine.dist import get_rank, get_world_size
@@ -11,19 +12,23 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from cdm_plugin import plugins
-from cdm_plugin.attention import set_attention
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
 from cdm_plugin.draws import stream
-from cdm_plugin.lora import LoRA, checkpoint_in_role
-from cdm_plugin.networks import anchored, dtype_of, unwrap
+from cdm_plugin.methods.overrides import arguments_of
+from cdm_plugin.methods.phases import Iteration, Phase, passed_through, take_turn
+from cdm_plugin.roles.anchor_aware import anchored
+from cdm_plugin.roles.attention import set_attention
+from cdm_plugin.roles.features import recorded
+from cdm_plugin.roles.lora import LoRA, checkpoint_in_role
+from cdm_plugin.roles.weights import dtype_of, unwrap
 from cdm_plugin.sampling import euler_sample
+from cdm_plugin.sizes import Pair, Size, image_sizes
 from cdm_plugin.time_grids import check_sigmas
 
-ROLES = ('student', 'fake', 'teacher')
 # Settings of `model` that say how its weights were trained: they go with a checkpoint.
-TRAINED_KEYS = ('type', 'alpha', 'losses', 'time_grid', 'sample_sigmas', 'fake_steps', 'student_every', 'fake_merge',
-                'anchor_aware_fake', 'lora')
+TRAINED_KEYS = ('type', 'alpha', 'guidance', 'losses', 'time_grid', 'sample_sigmas', 'fake_sigma', 'fake_loss',
+                'fake_steps', 'student_every', 'fake_merge', 'anchor_aware_fake', 'lora', 'teacher')
 
 
 class DiffusionModel(BaseModel):
@@ -33,60 +38,110 @@ class DiffusionModel(BaseModel):
         backbone (dict): Config of the backbone.
         sample_sigmas (Sequence[float]): Noise levels of inference before the scheduler's shift, descending from 1.
             Default (1, 0.75, 0.5, 0.25): 4 steps.
-        image_size (int or tuple, optional): Pixels, one number or (height, width). Default: the size that the
-            network was made for.
+        image_size (int, tuple or list, optional): Pixels, one number or (height, width); or a list of such sizes, of
+            which each iteration draws one, the same on every rank (a batch with pictures keeps their size). What
+            is sampled without saying a size has the first. Default: the size that the network was made for.
         activation_checkpointing (bool): Whether trained networks recompute their activations in backward. Default
             False.
-        lora (dict, optional): Settings of `cdm_plugin.lora.LoRA`, `dict(rank=64)`: trained roles are adapters of one
-            frozen base. Default: full weights.
+        lora (dict, optional): Settings of `cdm_plugin.roles.lora.LoRA`, `dict(rank=64)`: trained roles are adapters of
+            one frozen base. Default: full weights.
         data_preprocessor (dict, optional): Default DistillationDataPreprocessor.
 
     Attributes:
         iteration (int): The runner's iteration, kept by CDMHook; draws are a function of it.
         seed (int): The run's seed, kept by CDMHook.
-        student_updated (bool): Whether the last train_step changed the student's weights.
+        latent_sizes (tuple): Height and width of the latents, one a size of `image_size`.
+        updated (dict): Roles whose weights the last train_step changed: True, or a tensor of 1 or 0 where only the
+            device knows whether the step was taken.
         anchor_sigma (Tensor): Noise levels of the last train_step's anchors, (B,); None without anchors.
-        student_ema: The student's moving average, or None; kept by CDMHook.
+        student_ema: The main role's moving average, or None; kept by CDMHook.
         autocast_dtype (torch.dtype): Dtype of autocast when the networks sample, or None; kept by CDMHook.
-        log_sink (Callable): Takes the scalars of an iteration in place of `train_step`'s caller, or None; kept by
-            CDMHook, which brings them to the host when they are due.
         config (Config): The training config, kept by load_method for the model card; or None.
         validated (int): Samples of this rank since the validation began, of `validation_size` on all ranks; kept with
             CDMHook.
         calls (Counter): Network calls of the last train_step by (role, with gradient).
         call_samples (Counter): The same, counted in samples.
     """
-    frozen_prefixes: Tuple[str, ...] = ('backbone.', 'base.')
+    config_key = 'model'
+    # The role that samples by default, has the moving average, and is exported.
+    main_role = 'student'
+    # Roles that methods of this class train, whatever the config.
+    trains: tuple[str, ...] = ('student',)
+    # Roles whose networks predict a velocity.
+    denoisers: tuple[str, ...] = ('student',)
+    # Not in checkpoints: frozen, and there again from where it came.
+    frozen_prefixes: tuple[str, ...] = ('backbone.', 'base.', 'losses.')
 
-    def __init__(self, backbone: Dict[str, Any], sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
-                 image_size: Union[None, int, Sequence[int]] = None, activation_checkpointing: bool = False,
-                 lora: Optional[Dict[str, Any]] = None, data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, backbone: dict[str, Any] | Backbone, sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
+                 image_size: None | Size | Sequence[Size] = None, activation_checkpointing: bool = False,
+                 lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None) -> None:
         super().__init__(data_preprocessor or dict(type='DistillationDataPreprocessor'))
         self.sample_sigmas = check_sigmas(sample_sigmas, 'model.sample_sigmas')
         self.backbone: Backbone = MODELS.build(dict(backbone)) if isinstance(backbone, dict) else backbone
-        self.latent_size = self._latent_size(image_size)
+        self.latent_sizes = self._latent_sizes(image_size)
         self.lora = None if lora is None else LoRA.from_config(lora)
         self.activation_checkpointing = activation_checkpointing
         # The network whose adapters the roles are; None if each role has weights of its own.
         self.base = None if self.lora is None else frozen(self.backbone.build_network())
         if self.base is not None and activation_checkpointing:
             self.base.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint_in_role)
+        # Backbones of the roles that have another than the model's.
+        self.own_backbones: dict[str, Backbone] = {}
         self.student = self.build_trained('student')
-        self.iteration: Optional[int] = None
-        self.seed: Optional[int] = None
-        self.student_updated = False
+        self.iteration: int | None = None
+        self.seed: int | None = None
+        self.updated: dict[str, bool | Tensor] = {}
         self.student_ema = None
-        self.anchor_sigma: Optional[Tensor] = None
+        self.anchor_sigma: Tensor | None = None
         self.validated, self.validation_size = 0, None
         self.config: Any = None
-        self.autocast_dtype: Optional[torch.dtype] = None
-        self.log_sink: Optional[Callable[[Dict[str, Any]], None]] = None
+        self.autocast_dtype: torch.dtype | None = None
         self.calls: Counter = Counter()
         self.call_samples: Counter = Counter()
         self._optim_wrapper = None
-        self._null: Optional[Condition] = None
+        self._training_role: str | None = None
+        self._null: Condition | None = None
         self.register_state_dict_post_hook(self._drop_frozen)
         self.register_load_state_dict_post_hook(self._forgive_frozen)
+
+    @classmethod
+    def more_keys(cls) -> set[str]:
+        """Keys of a config that a method takes beside its own: its siblings', which it leaves aside."""
+        return arguments_of(DiffusionModel)
+
+    # Roles
+
+    def build_trained(self, role: str) -> nn.Module:
+        """The network of a trained denoiser: an adapter of the base, or weights of its own."""
+        if self.base is not None:
+            return self.lora.add(self.base, role, self.backbone.lora_targets)
+        network = self.start_backbone().build_network().requires_grad_(True)
+        if self.activation_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    def start_backbone(self) -> Backbone:
+        """The backbone whose weights trained denoisers start from."""
+        return self.backbone
+
+    def backbone_of(self, role: str) -> Backbone:
+        """The backbone that calls a role's network."""
+        return self.own_backbones.get(role, self.backbone)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What an iteration trains, in order."""
+        return ()
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        """Roles with an optimizer."""
+        return tuple(dict.fromkeys(phase.role for phase in self.phases))
+
+    @property
+    def merges(self) -> tuple[tuple[str, str], ...]:
+        """(target, source) of roles of which one is merged into the other, weight by weight."""
+        return ()
 
     def check_trainable(self) -> None:
         """Raises ValueError for weights that only a frozen network may have."""
@@ -97,7 +152,7 @@ class DiffusionModel(BaseModel):
         if self.base is None and self.backbone.quantization is not None:
             raise ValueError('model.backbone.quantization needs model.lora: quantised weights cannot be trained')
 
-    def set_attention(self, dtype: Optional[torch.dtype] = None, training: bool = True) -> None:
+    def set_attention(self, dtype: torch.dtype | None = None, training: bool = True) -> None:
         """Switches the networks to the attention kernel that `backbone.attention` asks for, on the device where they
         are.
 
@@ -108,43 +163,48 @@ class DiffusionModel(BaseModel):
         Raises:
             ValueError: If that kernel cannot run there.
         """
-        own = [self.base] if self.base is not None else [getattr(self, role) for role in ROLES if hasattr(self, role)]
-        for network in own:
+        networks = [getattr(self, role) for role in self.denoisers if hasattr(self, role)]
+        networks = dict.fromkeys(getattr(unwrap(network), 'base', network) for network in networks)
+        for network in networks:
             kernel, why = set_attention(network, self.backbone.attention, self.device, dtype or dtype_of(network),
-                                        training)
+                                        training, self.backbone.takes_mask)
         print_log(f'attention: {kernel} ({why})', 'current')
 
-    def build_trained(self, role: str) -> nn.Module:
-        """The network of a trained role: weights of its own, or an adapter of the base."""
-        if self.base is not None:
-            return self.lora.add(self.base, role, self.backbone.lora_targets)
-        network = self.backbone.build_network().requires_grad_(True)
-        if self.activation_checkpointing:
-            network.enable_gradient_checkpointing()
-        return network
+    # Sizes
 
-    def set_image_size(self, height: int, width: int) -> None:
-        """Samples and trains at another size from now on, in pixels.
-
-        Raises:
-            ValueError: If the codec or the network cannot.
-        """
-        self.latent_size = self._latent_size((height, width))
-
-    def _latent_size(self, image_size: Union[None, int, Sequence[int]]) -> Tuple[int, int]:
+    def _latent_sizes(self, image_size: None | Size | Sequence[Size]) -> tuple[tuple[int, int], ...]:
         if image_size is None:
-            return self.backbone.default_latent_size()
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f'model.image_size must be a number or (height, width) in pixels, but is {image_size!r}')
-        latent_size = self.backbone.codec.latent_size(*size)
-        self.backbone.check_latent_size(latent_size, image_size)
+            return (self.backbone.default_latent_size(),)
+        return tuple(self._latent_size(pair) for pair in image_sizes(image_size, 'model.image_size'))
+
+    def _latent_size(self, pair: Pair) -> tuple[int, int]:
+        try:
+            latent_size = self.backbone.codec.latent_size(*pair)
+        except ValueError as error:
+            raise ValueError(f'model.image_size: {error}') from None
+        self.backbone.check_latent_size(latent_size, pair)
         return latent_size
+
+    @property
+    def largest_latent_size(self) -> tuple[int, int]:
+        """That of `latent_sizes` with the most tokens."""
+        return max(self.latent_sizes, key=self.backbone.tokens)
+
+    def draw_latent_size(self) -> tuple[int, int]:
+        """Height and width of this iteration's latents, a function of the seed and the iteration alone."""
+        if len(self.latent_sizes) == 1:
+            return self.latent_sizes[0]
+        generator = stream(self.seed, self.iteration, 'image_size')
+        return self.latent_sizes[int(torch.randint(len(self.latent_sizes), (), generator=generator))]
+
+    def latent_shape(self, batch: int, latent_size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Shape of a batch of latents, (B, C, h, w); of the first of `image_size` by default."""
+        return (batch, self.backbone.latent_channels, *(latent_size or self.latent_sizes[0]))
 
     # Checkpoints hold what is trained; frozen networks come from the pretrained model again.
 
     @staticmethod
-    def _drop_frozen(module: 'DiffusionModel', state: Dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    def _drop_frozen(module: 'DiffusionModel', state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         for key in [k for k in state if k[len(prefix):].startswith(module.frozen_prefixes)]:
             del state[key]
 
@@ -174,27 +234,27 @@ class DiffusionModel(BaseModel):
                          'the config')
 
     @property
-    def trained_roles(self) -> Tuple[str, ...]:
-        """Roles with an optimizer."""
-        return ('student',)
+    def student_updated(self) -> bool:
+        """Whether the last train_step changed the main role's weights, as far as is known without the device."""
+        return self.main_role in self.updated
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return next(self.student.parameters()).device
+        return next(getattr(self, self.main_role).parameters()).device
 
     @property
     def math_dtype(self) -> torch.dtype:
         """float32, or float64 with float64 networks."""
-        dtype = next(self.student.parameters()).dtype
+        dtype = next(getattr(self, self.main_role).parameters()).dtype
         return dtype if dtype == torch.float64 else torch.float32
 
     def velocity(self, role: str, x: Tensor, sigma: Tensor, condition: Condition,
-                 anchor_sigma: Optional[Tensor] = None) -> Tensor:
+                 anchor_sigma: Tensor | None = None) -> Tensor:
         """The velocity of a role's network.
 
         Args:
-            role (str): 'student', 'fake' or 'teacher'.
+            role (str): One of `denoisers`.
             x (Tensor): Noisy latents, (B, C, h, w).
             sigma (Tensor): Noise levels in [0, 1] after the scheduler's shift, (B,).
             condition (Condition): B rows.
@@ -205,10 +265,50 @@ class DiffusionModel(BaseModel):
         """
         network = getattr(self, role)
         key = (role, torch.is_grad_enabled())
+        if key[1] and self._training_role not in (None, role):
+            network = unwrap(network)  # gradients that pass through are not reduced
         self.calls[key] += 1
         self.call_samples[key] += len(x)
         with self._precision(role), anchored(network, anchor_sigma):
-            return self.backbone.velocity(network, x, sigma, condition)
+            return self.backbone_of(role).velocity(network, x, sigma, condition)
+
+    def features(self, role: str, x: Tensor, sigma: Tensor, condition: Condition, anchor_sigma: Tensor,
+                 blocks: Sequence[int] | None) -> tuple[Tensor, list[Tensor]]:
+        """The velocity of a role's network, and what some of its blocks make of the image.
+
+        Args:
+            role, x, sigma, condition, anchor_sigma: See `velocity`.
+            blocks (Sequence[int], optional): Which blocks, ascending. Default: the middle one.
+
+        Returns:
+            tuple: The velocity (B, C, h, w), and a feature map (B, D, h', w') a block.
+        """
+        backbone = self.backbone_of(role)
+        with recorded(self.blocks_of(role, blocks)) as outputs:
+            velocity = self.velocity(role, x, sigma, condition, anchor_sigma)
+        return velocity, [backbone.feature_map(output, tuple(x.shape[-2:])) for output in outputs]
+
+    def blocks_of(self, role: str, blocks: Sequence[int] | None) -> list[nn.Module]:
+        """Some blocks of a role's network; arguments as in `features`.
+
+        Raises:
+            ValueError: If it has fewer.
+        """
+        network = unwrap(getattr(self, role))
+        own = self.backbone_of(role).blocks(getattr(network, 'base', network))
+        wanted = (len(own) // 2,) if blocks is None else blocks
+        places = sorted({i % len(own) for i in wanted if -len(own) <= i < len(own)})
+        if not 0 < len(places) == len(wanted):
+            raise ValueError(f'model.losses.*.blocks must be different ones of the {len(own)} blocks of the network '
+                             f'(role {role!r}), but is {list(wanted)}')
+        return [own[i] for i in places]
+
+    def call(self, role: str, *args: Any) -> Any:
+        """What the network of a role that is no denoiser makes of its arguments, in the precision of its optimizer
+        wrapper. In another role's phase it is called without the wrapper that would reduce its gradients."""
+        network = getattr(self, role)
+        with self._precision(role):
+            return (network if role == self._training_role else unwrap(network))(*args)
 
     def _precision(self, role: str) -> contextlib.AbstractContextManager:
         """Mixed precision (and gradient synchronisation) as the role's optimizer wrapper wants it.
@@ -220,25 +320,67 @@ class DiffusionModel(BaseModel):
             if self.autocast_dtype is None:
                 return contextlib.nullcontext()
             return torch.autocast(self.device.type, self.autocast_dtype)
-        wrapper = self._optim_wrapper[role if role in self.trained_roles else 'student']
+        wrapper = self._optim_wrapper[role if role in self._optim_wrapper.keys() else self.main_role]
         return wrapper.optim_context(getattr(self, role))
 
-    @contextlib.contextmanager
-    def stepping(self, optim_wrapper: Any):
-        """What holds during one train_step."""
-        if self.iteration is None or self.seed is None:
-            raise ValueError(f'{type(self).__name__} does not know the iteration: add dict(type=\'CDMHook\') to '
-                             'custom_hooks (it keeps iteration and seed, which all random numbers depend on)')
+    def shift(self, sigmas: Tensor, latent_size: tuple[int, int] | None = None) -> Tensor:
+        """What the scheduler makes of a list of noise levels, for latents of that size (default: the first of
+        `image_size`); see `Backbone.shift_grid`."""
+        return self.backbone.shift_grid(sigmas, latent_size or self.latent_sizes[0])
+
+    def null_condition(self, rows: int) -> Condition:
+        """The null condition, repeated. It is encoded once: conditioners are frozen."""
+        if self._null is None:
+            self._null = self.backbone.conditioner.null()
+        return self._null.to(self.device).expand(rows)
+
+    # One iteration
+
+    def start(self, batch: dict[str, Any]) -> Iteration:
+        """What the phases of an iteration share, of a preprocessed batch."""
+        raise NotImplementedError
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """One iteration: the turns of the roles that are due.
+
+        Args:
+            data (dict or list): A batch from the dataloader.
+            optim_wrapper (OptimWrapperDict): One wrapper a trained role.
+
+        Returns:
+            dict: Scalars to log, on the device.
+        """
+        self._check_hook()
         self.calls.clear()
         self.call_samples.clear()
-        self.student_updated = False
+        self.updated.clear()
         self._optim_wrapper = optim_wrapper
         try:
-            yield
+            iteration = self.start(self.data_preprocessor(data, True))
+            for phase in self.phases:
+                if phase.is_due(self.iteration):
+                    self._train_role(phase, iteration)
+            return self.finish(iteration.logs)
         finally:
-            self._optim_wrapper = None
+            self._optim_wrapper = self._training_role = None
 
-    def draw_key(self) -> Dict[str, int]:
+    def _check_hook(self) -> None:
+        if self.seed is None or self.training and self.iteration is None:
+            raise ValueError(f'{type(self).__name__} does not know the iteration: add dict(type=\'CDMHook\') to '
+                             'custom_hooks (it keeps iteration and seed, which all random numbers depend on)')
+
+    def _train_role(self, phase: Phase, iteration: Iteration) -> None:
+        self._training_role = phase.role
+        with passed_through([unwrap(getattr(self, role)) for role in phase.through]):
+            taken = take_turn(phase, iteration, self._optim_wrapper[phase.role])
+            if taken is not False:
+                self.updated[phase.role] = taken
+
+    def is_due(self, role: str) -> bool:
+        """Whether a role has a turn in this iteration."""
+        return any(phase.role == role and phase.is_due(self.iteration) for phase in self.phases)
+
+    def draw_key(self) -> dict[str, int]:
         """Seed, rank and iteration, of which an iteration's draws are a function."""
         return dict(seed=self.seed, rank=get_rank(), iteration=self.iteration)
 
@@ -247,27 +389,8 @@ class DiffusionModel(BaseModel):
         """Number of ranks."""
         return get_world_size()
 
-    def latent_shape(self, batch: int) -> Tuple[int, ...]:
-        """Shape of a batch of latents, (B, C, h, w)."""
-        return (batch, self.backbone.latent_channels, *self.latent_size)
-
-    def shift(self, sigmas: Tensor) -> Tensor:
-        """The scheduler's shift of noise levels at this image size."""
-        return self.backbone.shift_sigmas(sigmas, self.latent_size)
-
-    def null_condition(self, rows: int) -> Condition:
-        """The null condition, repeated. It is encoded once: conditioners are frozen."""
-        if self._null is None:
-            self._null = self.backbone.conditioner.null()
-        return self._null.to(self.device).expand(rows)
-
-    def finish(self, logs: Dict[str, Any]) -> Dict[str, Any]:
-        """Completes the scalars of one iteration: gradient norms, network calls by role, and what plug-ins observe.
-
-        Returns:
-            dict: The scalars; none of them if `log_sink` takes them.
-        """
-        logs = dict(logs)
+    def finish(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Completes the scalars of one iteration: gradient norms, network calls by role, and what plug-ins observe."""
         for role, wrapper in self._optim_wrapper.items():
             if getattr(wrapper, 'grad_norm', None) is not None:
                 logs[f'grad_norm_{role}'], wrapper.grad_norm = wrapper.grad_norm, None
@@ -277,33 +400,43 @@ class DiffusionModel(BaseModel):
         logs = dict(logs, **{name: float(n) for name, n in counts.items()})
         for extra in plugins.manager.hook.cdm_after_iteration(method=self, iteration=self.iteration, logs=logs):
             logs.update(extra or {})
-        if self.log_sink is None:
-            return logs
-        self.log_sink(logs)
-        return {}
+        return logs
 
     # Sampling
 
-    @torch.no_grad()
-    def sample(self, condition: Condition, noise: Optional[Tensor] = None, sigmas: Optional[Tensor] = None,
-               role: str = 'student', guidance_scale: float = 1.0, anchor_sigma: Optional[float] = None) -> Tensor:
-        """Images from noise.
-
-        Args:
-            condition (Condition): B rows.
-            noise (Tensor, optional): Standard normal, (B, C, h, w). Default: the same noise in every call.
-            sigmas (Tensor, optional): Noise levels before the scheduler's shift, (N,). Default: `sample_sigmas`.
-            role (str): Whose network: 'student', 'fake' or 'teacher'. Default 'student'.
-            guidance_scale (float): Classifier-free guidance; 1 is off. Default 1.
-            anchor_sigma (float, optional): Anchor of an anchor-aware fake score. Default: the last level.
+    def sample(self, condition: Condition, *args: Any, **kwargs: Any) -> Tensor:
+        """Images from noise: `sample_latents`, decoded.
 
         Returns:
             Tensor: Images in [-1, 1], (B, 3 or 1, H, W).
         """
+        latents = self.sample_latents(condition, *args, **kwargs)
+        with torch.no_grad():
+            return self.backbone.codec.decode(latents)
+
+    @torch.no_grad()
+    def sample_latents(self, condition: Condition, noise: Tensor | None = None, sigmas: Tensor | None = None,
+                       role: str | None = None, guidance_scale: float = 1.0,
+                       anchor_sigma: float | None = None) -> Tensor:
+        """Latents of images from noise.
+
+        Args:
+            condition (Condition): B rows.
+            noise (Tensor, optional): Standard normal, (B, C, h, w); its size is the images'. Default: the same noise
+                in every call, of the first of `image_size`.
+            sigmas (Tensor, optional): Noise levels before the scheduler's shift, (N,). Default: `sample_sigmas`.
+            role (str, optional): Whose network, one of `denoisers`. Default: `main_role`.
+            guidance_scale (float): Classifier-free guidance; 1 is off. Default 1.
+            anchor_sigma (float, optional): Anchor of an anchor-aware fake score. Default: the last level.
+
+        Returns:
+            Tensor: (B, C, h, w).
+        """
+        role = role or self.main_role
         if noise is None:
             noise = torch.randn(self.latent_shape(len(condition)), generator=stream(0, 'sample'))
         noise, condition = noise.to(self.device, self.math_dtype), condition.to(self.device)
-        sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas)
+        sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas, tuple(noise.shape[2:]))
         anchors = noise.new_full((len(noise),), float(sigmas[-1] if anchor_sigma is None else anchor_sigma))
         null = self.null_condition(len(noise)) if guidance_scale != 1 else None
 
@@ -312,30 +445,32 @@ class DiffusionModel(BaseModel):
                 return self.velocity(role, x, sigma, condition, anchors)
             both = self.velocity(role, torch.cat([x, x]), torch.cat([sigma, sigma]),
                                  Condition.cat([condition, null]), torch.cat([anchors, anchors]))
-            return self.backbone.guide(*both.chunk(2), guidance_scale)
+            backbone = self.backbone_of(role)
+            return backbone.guide(*both.chunk(2), backbone.guidance_at(guidance_scale, sigma))
 
         network = unwrap(getattr(self, role))
         training = network.training
         network.eval()
         try:
-            latents = euler_sample(velocity, noise, sigmas)
+            return euler_sample(velocity, noise, sigmas)
         finally:
             network.train(training)
-        return self.backbone.codec.decode(latents)
 
-    def noise(self, seed: int, indices: Iterable[int]) -> Tensor:
+    def noise(self, seed: int, indices: Iterable[int], latent_size: tuple[int, int] | None = None) -> Tensor:
         """The noise that an evaluation starts from: each row depends on the seed and its index alone.
 
         Args:
             seed (int): The seed.
             indices (Iterable[int]): B numbers of samples.
+            latent_size (tuple, optional): Height and width. Default: the first of `image_size`.
 
         Returns:
             Tensor: Standard normal, (B, C, h, w), on the CPU.
         """
-        return torch.cat([torch.randn(self.latent_shape(1), generator=stream(seed, 'sample', i)) for i in indices])
+        shape = self.latent_shape(1, latent_size)
+        return torch.cat([torch.randn(shape, generator=stream(seed, 'sample', i)) for i in indices])
 
-    def forward(self, mode: str = 'predict', **data: Any) -> List[Dict[str, Any]]:
+    def forward(self, mode: str = 'predict', **data: Any) -> list[dict[str, Any]]:
         """Samples a preprocessed batch of prompts with `sample_sigmas`, for validation and test.
 
         A sample's noise depends on the run's seed and the sample's place in the dataset alone (of MMEngine's
@@ -347,6 +482,7 @@ class DiffusionModel(BaseModel):
         """
         if mode not in ('predict', 'tensor'):
             raise ValueError(f'{type(self).__name__} has no forward mode {mode!r}: training goes through train_step')
+        self._check_hook()
         condition = self.backbone.condition(data)
         indices = [get_rank() + get_world_size() * (self.validated + i) for i in range(len(condition))]
         self.validated += len(condition)

@@ -1,4 +1,4 @@
-from typing import Any, Dict
+from typing import Any
 
 from mmengine.registry import MODELS
 
@@ -14,9 +14,10 @@ class CDM(Distillation):
     default_student_every = 2
     default_fake_merge = 0.001
 
-    def default_time_grid(self) -> Dict[str, Any]:
+    def default_time_grid(self) -> dict[str, Any]:
         return dict(type='DynamicTimeGrid')
 
-    def default_losses(self) -> Dict[str, Dict[str, Any]]:
-        return dict(ca=dict(type='CALoss', alpha=self.alpha), dm=dict(type='DMLoss', alpha=self.alpha),
-                    cdm=dict(type='CDMLoss', alpha=self.alpha))
+    def default_losses(self) -> dict[str, dict[str, Any]]:
+        common = dict(alpha=self.alpha, guidance=self.guidance)
+        return dict(ca=dict(type='CALoss', **common), dm=dict(type='DMLoss', **common),
+                    cdm=dict(type='CDMLoss', **common))

@@ -1,4 +1,4 @@
-from typing import Any, Dict
+from typing import Any
 
 from mmengine.registry import MODELS
 
@@ -7,11 +7,13 @@ from cdm_plugin.methods.distillation import Distillation
 
 @MODELS.register_module()
 class DecoupledDMD(Distillation):
-    """Decoupled DMD (arXiv 2511.22677): guidance and distribution matching as two losses, on the inference grid.
+    """Decoupled DMD (arXiv 2511.22677, eq. 8): guidance and distribution matching as two losses with noise levels of
+    their own ("Decoupled-Hybrid", section 4.3), on the inference grid.
 
     Arguments as in `Distillation`.
     """
     default_student_every = 2
 
-    def default_losses(self) -> Dict[str, Dict[str, Any]]:
-        return dict(ca=dict(type='CALoss', alpha=self.alpha), dm=dict(type='DMLoss', alpha=self.alpha))
+    def default_losses(self) -> dict[str, dict[str, Any]]:
+        common = dict(alpha=self.alpha, guidance=self.guidance)
+        return dict(ca=dict(type='CALoss', **common), dm=dict(type='DMLoss', **common))

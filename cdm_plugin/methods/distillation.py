@@ -1,30 +1,37 @@
-"""The loop that DMD2, Decoupled DMD and CDM share: rollout, fake-score step, student step (arXiv 2605.06376, alg. 1).
+"""The loop that DMD2, Decoupled DMD and CDM share: rollout, fake-score steps, student step (arXiv 2605.06376;
+docs/paper.md has it line by line).
 
 A method is this class with its defaults: a time grid, a set of losses, an update ratio.
 """
-import inspect
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from mmengine.registry import MODELS, TASK_UTILS
 from torch import Tensor, nn
 
 from cdm_plugin import plugins
+from cdm_plugin.arguments import Count, Share
+from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
-from cdm_plugin.conditioners import check_dtype
-from cdm_plugin.draws import Draws
+from cdm_plugin.draws import DrawContext, Draws
 from cdm_plugin.flow import add_noise, to_x0
-from cdm_plugin.losses.base import ScoreQuery, build_sampler
-from cdm_plugin.lora import AdapterRole
+from cdm_plugin.losses.base import LossInputs, Sampler, ScoreLoss, ScoreQuery, build_sampler
+from cdm_plugin.losses.direction import Guidance
 from cdm_plugin.methods.base import DiffusionModel, frozen
-from cdm_plugin.networks import make_anchor_aware, merge_weights
+from cdm_plugin.methods.overrides import leave_aside, override_losses, override_time_grid
+from cdm_plugin.methods.phases import Iteration, Phase
+from cdm_plugin.pretrained import check_dtype
+from cdm_plugin.registry import class_of
+from cdm_plugin.roles.anchor_aware import make_anchor_aware
+from cdm_plugin.roles.lora import AdapterRole
+from cdm_plugin.roles.teacher import Teacher, same_shapes, start_from_adapter
+from cdm_plugin.roles.weights import merge_weights
 from cdm_plugin.rollout import Prediction, rollout
-from cdm_plugin.time_grids import DynamicTimeGrid, FixedTimeGrid
-
-# The terms that some method of the family has. A partial override of one that this method lacks is left aside, so
-# that changing model.type alone swaps methods.
-FAMILY_TERMS = ('ca', 'dm', 'cdm')
+from cdm_plugin.sizes import Size
+from cdm_plugin.time_grids import FixedTimeGrid
 
 
 class Distillation(DiffusionModel):
@@ -43,89 +50,109 @@ class Distillation(DiffusionModel):
         student_every (int, optional): Iterations a student step. Default: the method's.
         fake_merge (float, optional): Share of the student merged into the fake score after each of its steps, in
             [0, 1]. Default: the method's.
-        anchor_aware_fake (bool): Whether the fake score receives the anchor's noise level. Default False.
+        anchor_aware_fake (bool): Whether the fake score receives the anchor's noise level, as NCVSD's does (arXiv
+            2506.09416). Default False.
         max_batch_per_call (int, optional): Largest batch of one call of the teacher or the fake score in the student
             step. Default: no limit.
         teacher_dtype (str, optional): Dtype of the teacher's weights; 'bfloat16' halves its memory. Default: the
             backbone's.
+        teacher (dict, optional): Another teacher than the backbone's network, see `cdm_plugin.roles.teacher.Teacher`:
+            `dict(lora='style.safetensors')`.
+        guidance (str): What guidance is, for all losses: 'plain' or 'backbone', see `DirectionLoss`. Default 'plain',
+            the published formula.
         image_size, activation_checkpointing, lora, data_preprocessor: See `DiffusionModel`.
+        **siblings: What only other methods take, left aside: changing `model.type` alone swaps methods.
     """
     default_student_every: int
     default_fake_merge: float = 0.0
-    frozen_prefixes = ('backbone.', 'base.', 'teacher.')
+    trains = ('student', 'fake')
+    denoisers = (*trains, 'teacher')
+    frozen_prefixes = (*DiffusionModel.frozen_prefixes, 'teacher.')
 
-    def __init__(self, backbone: Dict[str, Any], sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
-                 alpha: float = 7.0, losses: Optional[Dict[str, Any]] = None,
-                 time_grid: Optional[Dict[str, Any]] = None, fake_sigma: Any = dict(type='UniformSigma'),
-                 fake_loss: Dict[str, Any] = dict(type='FlowMatchingLoss'),
-                 fake_steps: int = 1, student_every: Optional[int] = None, fake_merge: Optional[float] = None,
-                 anchor_aware_fake: bool = False, max_batch_per_call: Optional[int] = None,
-                 teacher_dtype: Optional[str] = None, image_size: Union[None, int, Sequence[int]] = None,
-                 activation_checkpointing: bool = False, lora: Optional[Dict[str, Any]] = None,
-                 data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, backbone: dict[str, Any] | Backbone, sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
+                 alpha: float = 7.0, losses: dict[str, Any] | None = None, time_grid: dict[str, Any] | None = None,
+                 fake_sigma: Sampler = dict(type='UniformSigma'),
+                 fake_loss: dict[str, Any] = dict(type='FlowMatchingLoss'), fake_steps: Count = 1,
+                 student_every: Count | None = None, fake_merge: Share | None = None,
+                 anchor_aware_fake: bool = False, max_batch_per_call: Count | None = None,
+                 teacher_dtype: str | None = None, teacher: dict[str, Any] | None = None, guidance: Guidance = 'plain',
+                 image_size: None | Size | Sequence[Size] = None, activation_checkpointing: bool = False,
+                 lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None,
+                 **siblings: Any) -> None:
+        leave_aside(type(self), siblings, DiffusionModel)
+        self._teacher = Teacher.from_config(teacher)
         super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor)
-        self.alpha = alpha
+        self.alpha, self.guidance = alpha, guidance
         self.fake_steps = fake_steps
         self.student_every = self.default_student_every if student_every is None else student_every
         self.fake_merge = self.default_fake_merge if fake_merge is None else fake_merge
         self.max_batch_per_call = max_batch_per_call
         self.check_trainable()
-        self._check_numbers()
         self.time_grid = TASK_UTILS.build(self._time_grid_config(time_grid or {}))
         self.fake_sigma = build_sampler(fake_sigma)
         self.losses = self._build_losses(losses or {})
         self.fake_loss = MODELS.build(dict(fake_loss))
         self.teacher = self._build_teacher(teacher_dtype)
         self.fake = self.build_trained('fake')
+        if getattr(self.teacher, 'adapter', None) and self._teacher.init == 'teacher':
+            for role in ('student', 'fake'):
+                if self.lora.start[role] is None:
+                    start_from_adapter(getattr(self, role), self.teacher)
         if anchor_aware_fake:
+            if self.backbone.time_embedder is None:
+                raise ValueError(f'{type(self.backbone).__name__} lacks time_embedder, the name of the submodule that '
+                                 'gives the time embedding, which model.anchor_aware_fake needs')
             make_anchor_aware(self.fake, self.backbone.time_embedder, self.backbone.time_embedding_width())
-        if self.backbone.pretrained is None and self.base is None:
-            # Without pretrained weights the three roles still start as one network.
-            self.teacher.load_state_dict(self.student.state_dict())
+        if self.start_backbone().pretrained is None and self.base is None:
+            # Without pretrained weights the roles of one shape still start as one network.
+            if same_shapes(self.backbone_of('teacher'), self.backbone):
+                self.teacher.load_state_dict(self.student.state_dict())
             self.fake.load_state_dict(self.student.state_dict(), strict=False)
+        for loss in self.losses.values():
+            if loss.on_fake:
+                self.blocks_of('fake', loss.blocks)
+            if loss.role is not None:
+                setattr(self, loss.role, loss.build_role(self.backbone).requires_grad_(True))
 
-    def _build_teacher(self, dtype: Optional[str]) -> nn.Module:
-        if self.base is None:
+    # Roles
+
+    def _teacher_backbone(self) -> Backbone:
+        if 'teacher' not in self.own_backbones:
+            self.own_backbones['teacher'] = self._teacher.backbone(self.backbone, shares_base=self.base is not None)
+        return self.own_backbones['teacher']
+
+    def start_backbone(self) -> Backbone:
+        """Student and fake score start from the teacher's weights, unless these have other shapes or `init='base'`."""
+        teacher = self._teacher_backbone()
+        return teacher if self._teacher.init == 'teacher' and same_shapes(teacher, self.backbone) else self.backbone
+
+    def _build_teacher(self, dtype: str | None) -> nn.Module:
+        backbone = self._teacher_backbone()
+        if self.base is None or backbone is not self.backbone:
             kwargs = {} if dtype is None else dict(dtype=check_dtype(dtype, 'model.teacher_dtype'))
-            return frozen(self.backbone.build_network(**kwargs))
+            return frozen(backbone.build_network(**kwargs))
         if dtype is not None:
             raise ValueError(f'model.teacher_dtype={dtype!r} does not go with model.lora, whose roles share one base: '
                              'set model.backbone.dtype')
-        return frozen(AdapterRole(self.base))
+        return frozen(AdapterRole(self.base)) if self._teacher.lora is None else self._teacher.adapter(self.base)
 
-    def default_time_grid(self) -> Dict[str, Any]:
+    # Parts, as the config changes them
+
+    def default_time_grid(self) -> dict[str, Any]:
         """The method's time grid. Fixed by default: the levels of inference."""
         return dict(type='FixedTimeGrid')
 
-    def default_losses(self) -> Dict[str, Dict[str, Any]]:
+    def default_losses(self) -> dict[str, dict[str, Any]]:
         """The method's losses by name."""
         raise NotImplementedError
 
-    def _time_grid_config(self, override: Dict[str, Any]) -> Dict[str, Any]:
-        cfg = self.default_time_grid()
-        if 'type' not in override:
-            known = set(inspect.signature(TASK_UTILS.get(cfg['type'])).parameters)
-            siblings = {k for grid in (FixedTimeGrid, DynamicTimeGrid) for k in inspect.signature(grid).parameters}
-            for key in sorted(override.keys() & siblings - known):
-                print_log(f'model.time_grid.{key} does not apply to {cfg["type"]}: left aside', 'current')
-            override = {k: v for k, v in override.items() if k in known or k not in siblings}
-        cfg = _override(cfg, override)
-        if cfg['type'] == 'FixedTimeGrid':
-            cfg.setdefault('sigmas', self.sample_sigmas.tolist())
-        return cfg
+    def _time_grid_config(self, override: dict[str, Any]) -> dict[str, Any]:
+        config = override_time_grid(self.default_time_grid(), override)
+        if class_of(config, TASK_UTILS) is FixedTimeGrid:
+            config.setdefault('sigmas', self.sample_sigmas.tolist())
+        return config
 
-    def _check_numbers(self) -> None:
-        for key in ('fake_steps', 'student_every'):
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'model.{key} must be a whole number of 1 or more, but is {value!r}')
-        if not 0 <= self.fake_merge <= 1:
-            raise ValueError(f'model.fake_merge must lie in [0, 1], but is {self.fake_merge}')
-        if self.max_batch_per_call is not None and not (
-                isinstance(self.max_batch_per_call, int) and self.max_batch_per_call >= 1):
-            raise ValueError(f'model.max_batch_per_call must be 1 or more, or None, but is {self.max_batch_per_call}')
-
-    def _build_losses(self, overrides: Dict[str, Any]) -> nn.ModuleDict:
+    def _build_losses(self, overrides: dict[str, Any]) -> nn.ModuleDict:
         configs = self.default_losses()
         for extra in plugins.manager.hook.cdm_student_losses(method=self):
             for name, cfg in (extra or {}).items():
@@ -133,154 +160,201 @@ class Distillation(DiffusionModel):
                     raise ValueError(f'two plug-ins give a student loss named {name!r}, or {type(self).__name__} has '
                                      'one itself: rename it in the plug-in, or set CDM_DISABLE_PLUGINS=1')
                 configs[name] = cfg
-        for name, override in overrides.items():
-            if name not in configs and not (isinstance(override, dict) and 'type' in override):
-                if name not in FAMILY_TERMS:
-                    raise ValueError(f'model.losses.{name} is unknown: {type(self).__name__} has {sorted(configs)}; '
-                                     'give a type to add a loss')
-                print_log(f'model.losses.{name} does not apply to {type(self).__name__}: left aside', 'current')
-            elif override is None:
-                del configs[name]
-            else:
-                configs[name] = _override(configs.get(name, {}), override)
-        if not configs:
-            raise ValueError('model.losses removes every loss: at least one must stay')
-        return nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in configs.items()})
-
-    @property
-    def trained_roles(self) -> Tuple[str, ...]:
-        return ('student', 'fake')
+        losses = nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in override_losses(
+            type(self).__name__, configs, overrides).items()})
+        for name, loss in losses.items():
+            if any(p.requires_grad for p in loss.parameters()):
+                raise ValueError(f'model.losses.{name} ({type(loss).__name__}) has weights to train: build them in '
+                                 '`build_role`, or freeze them with requires_grad_(False)')
+            if loss.role is not None and hasattr(self, loss.role):
+                raise ValueError(f'model.losses.{name}: the name of its role, {loss.role!r}, is taken')
+        judges = [name for name, loss in losses.items() if loss.on_fake]
+        if len(judges) > 1:
+            raise ValueError(f'model.losses: {" and ".join(judges)} both judge the fake score\'s features; keep one')
+        if not any(loss.weight for loss in losses.values()):
+            raise ValueError('model.losses.*.weight is 0 for every loss: one at least must be above')
+        return losses
 
     def train(self, mode: bool = True) -> 'Distillation':
         """Sets the training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
+        self.losses.eval()
         return self
 
     # One iteration
 
-    def is_student_turn(self) -> bool:
-        """Whether this iteration has a student step: every `student_every`-th one."""
-        return (self.iteration + 1) % self.student_every == 0
+    @property
+    def active_losses(self) -> dict[str, ScoreLoss]:
+        """The losses by name, without those of weight 0."""
+        return {name: loss for name, loss in self.losses.items() if loss.weight}
 
-    def sample_draws(self, batch: int) -> Draws:
-        """The random numbers of this iteration, on the networks' device."""
-        draws = Draws.sample(
-            **self.draw_key(), world_size=self.world_size, shape=self.latent_shape(batch), time_grid=self.time_grid,
-            fake_sigma=self.fake_sigma, losses=self.losses if self.is_student_turn() else {}, shift=self.shift,
-            fake_steps=self.fake_steps)
-        return draws.to(self.device, self.math_dtype)
+    @property
+    def due_losses(self) -> dict[str, ScoreLoss]:
+        """Those that the student minimises by now."""
+        return {name: loss for name, loss in self.active_losses.items() if (self.iteration or 0) >= loss.start}
 
-    def train_step(self, data: Any, optim_wrapper: Any) -> Dict[str, Tensor]:
-        """One iteration: rollout, fake-score steps and, on its turn, student step.
+    @property
+    def fake_judge(self) -> ScoreLoss | None:
+        """The loss whose role judges the fake score's features."""
+        return next((loss for loss in self.active_losses.values() if loss.on_fake), None)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The fake score's turn, that of the role that judges its features, the student's, and those of the other
+        networks that losses train."""
+        losses, judge = self.active_losses.values(), self.fake_judge
+        through = [role for loss in losses for role in (*loss.through, loss.role, 'fake' if loss.on_fake else None)]
+        fake, judges = dict(steps=self.fake_steps, stepped=self._merge), ()
+        if judge is not None:
+            fake.update(through=(judge.role,), draw=partial(self._fake_draw, judge))
+            judges = (Phase(judge.role, partial(self.role_loss, judge), steps=self.fake_steps),)
+        return (Phase('fake', self.fake_loss_at, **fake), *judges,
+                Phase('student', self.student_loss, every=self.student_every,
+                      through=tuple(dict.fromkeys(filter(None, through)))),
+                *(Phase(loss.role, partial(self.role_loss, loss), every=loss.role_every, draw=loss.role_draw)
+                  for loss in losses if loss.role is not None and loss is not judge))
+
+    def _fake_draw(self, judge: ScoreLoss, context: DrawContext) -> dict[str, Tensor]:
+        drawn = [judge.fake_draw(context) for _ in range(self.fake_steps)]
+        return {name: torch.stack([step[name] for step in drawn]) for name in drawn[0]}
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        roles = super().trained_roles
+        return ('student', *(role for role in roles if role != 'student'))
+
+    @property
+    def merges(self) -> tuple[tuple[str, str], ...]:
+        return (('fake', 'student'),) if self.fake_merge else ()
+
+    def sample_draws(self, batch: int, latent_size: tuple[int, int] | None = None) -> Draws:
+        """The random numbers of this iteration, on the networks' device.
 
         Args:
-            data (dict or list): A batch from the dataloader.
-            optim_wrapper (OptimWrapperDict): With `student` and `fake`.
-
-        Returns:
-            dict: Scalars to log.
+            batch (int): Samples of this rank.
+            latent_size (tuple, optional): Height and width of the latents. Default: drawn from `image_size`.
         """
-        with self.stepping(optim_wrapper):
-            condition = self.backbone.condition(self.data_preprocessor(data, True))
-            draws = self.sample_draws(len(condition))
-            x, sigma = rollout(lambda x, s, i: self.velocity('student', x, s, condition[i]), draws)
-            student_turn = self.is_student_turn()
-            # The student's prediction at the anchor serves the fake-score steps and every on-trajectory loss.
-            with torch.set_grad_enabled(student_turn):
-                anchor = self.predict(x, sigma, condition)
-            x0, losses = anchor.detach(), []
-            for fake_sigma, fake_noise in zip(draws.fake_sigma, draws.fake_noise):
-                losses.append(self.fake_step(x0, condition, fake_sigma, fake_noise))
-            logs = dict(loss_fake=torch.stack(losses).mean())
-            if student_turn:
-                logs.update(self.student_step(anchor, condition, draws))
-            self.anchor_sigma = sigma
-            logs.update(anchor_sigma=sigma.mean(), grid_steps=float(len(draws.sigmas)))
-            return self.finish(logs)
+        size = latent_size or self.draw_latent_size()
+        due = self.due_losses if self.is_due('student') else {}
+        roles = {f'phase:{phase.role}': phase for phase in self.phases if phase.draw and phase.is_due(self.iteration)}
+        draws = Draws.sample(
+            **self.draw_key(), world_size=self.world_size, shape=self.latent_shape(batch, size),
+            time_grid=self.time_grid, fake_sigma=self.fake_sigma, losses={**due, **roles},
+            shift=partial(self.shift, latent_size=size), fake_steps=self.fake_steps)
+        return draws.to(self.device, self.math_dtype)
+
+    def start(self, batch: dict[str, Any]) -> Iteration:
+        """Condition, draws, and the student's prediction at the anchors, which serves the fake-score steps and every
+        on-trajectory loss."""
+        condition = self.backbone.condition(batch)
+        draws = self.sample_draws(len(condition), self.backbone.latent_size_of(batch))
+        x, sigma = rollout(lambda x, s, i: self.velocity('student', x, s, condition[i]), draws)
+        with torch.set_grad_enabled(self.is_due('student')):
+            anchor = self.predict(x, sigma, condition)
+        self.anchor_sigma = sigma
+        return Iteration(batch, condition, draws, anchor,
+                         dict(anchor_sigma=sigma.mean(), grid_steps=float(len(draws.sigmas))))
 
     def predict(self, x: Tensor, sigma: Tensor, condition: Condition) -> Prediction:
         """The student's prediction at (x, sigma)."""
         velocity = self.velocity('student', x, sigma, condition)
         return Prediction(x, sigma, velocity, to_x0(x, velocity, sigma))
 
-    def fake_step(self, anchor: Prediction, condition: Condition, sigma: Tensor, noise: Tensor) -> Tensor:
-        """Trains the fake score on the student's x0 at the anchors, then merges the student into it.
-
-        Args:
-            anchor (Prediction): The student at the anchors, without graph.
-            condition (Condition): B rows.
-            sigma (Tensor): Noise levels of this step, (B,).
-            noise (Tensor): Standard normal, (B, ...).
-
-        Returns:
-            Tensor: The loss, a scalar without graph.
-        """
+    def fake_loss_at(self, iteration: Iteration, step: int) -> Tensor:
+        """What the fake score minimises: flow matching on the student's x0 at the anchors, noised anew."""
+        anchor, sigma, noise = (iteration.anchor.detach(), iteration.draws.fake_sigma[step],
+                                iteration.draws.fake_noise[step])
         z = add_noise(anchor.x0, noise, sigma)
-        velocity = self.velocity('fake', z, sigma, condition, anchor.sigma)
-        loss = self.fake_loss(velocity, anchor.x0, noise).mean()
-        wrapper = self._optim_wrapper['fake']
-        wrapper.update_params(loss)
-        if self.fake_merge and wrapper.should_update():
-            merge_weights(self.fake, self.student, self.fake_merge)
-        return loss.detach()
+        if self.fake_judge is not None:
+            return self._judged_fake_loss(self.fake_judge, iteration, step, z)
+        velocity = self.velocity('fake', z, sigma, iteration.condition, anchor.sigma)
+        return self.fake_loss(velocity, anchor.x0, noise).mean()
 
-    def student_step(self, anchor: Prediction, condition: Condition, draws: Draws) -> Dict[str, Tensor]:
-        """Trains the student on the weighted sum of the losses."""
-        predictions = self._predictions(anchor, condition, draws)
-        answers = self._answer(predictions, condition, draws)
-        values, logs = {}, {}
-        for name, loss in self.losses.items():
-            per_sample, scalars = loss(predictions[name], answers[name])
+    def _judged_fake_loss(self, judge: ScoreLoss, iteration: Iteration, step: int, z: Tensor) -> Tensor:
+        """The same, and what the role adds that judges the fake score's features; its own turn sees them again."""
+        anchor, draws = iteration.anchor.detach(), iteration.draws
+        own = {name: values[step] for name, values in draws.losses['phase:fake'].items()}
+        own.update(sigma=draws.fake_sigma[step], noise=draws.fake_noise[step])
+        inputs = replace(self._inputs(iteration, '', anchor), draws=own)
+        points = [z, *judge.fake_points(inputs)]
+        count, condition = len(points), Condition.cat([iteration.condition] * len(points))
+        velocity, seen = self.features('fake', torch.cat(points), own['sigma'].repeat(count), condition,
+                                       anchor.sigma.repeat(count), judge.blocks)
+        iteration.seen[judge.role, step] = [features.detach() for features in seen]
+        loss = self.fake_loss(velocity[:len(z)], anchor.x0, own['noise']).mean()
+        if judge.fake_weight:
+            loss = loss + judge.fake_weight * judge.role_loss(replace(inputs, seen=seen))
+        return loss
+
+    def _merge(self, taken: bool | Tensor) -> None:
+        for target, source in self.merges:
+            merge_weights(getattr(self, target), getattr(self, source), self.fake_merge * taken)
+
+    def student_loss(self, iteration: Iteration, step: int = 0) -> Tensor:
+        """What the student minimises: the weighted sum of the losses."""
+        inputs = self._answered(self._at_points(iteration))
+        values, logs = {}, iteration.logs
+        for name, loss in self.due_losses.items():
+            per_sample, scalars = loss(inputs[name])
             values[name] = per_sample.mean()
             logs[f'loss_{name}'] = values[name].detach()
+            iteration.terms[f'loss_{name}'] = values[name].detach().isfinite() & (scalars.pop('left_out', 0) == 0)
             logs.update({f'{key}_{name}': value.detach() for key, value in scalars.items()})
-        if 'ca' in values and 'dm' in values and predictions['ca'] is predictions['dm']:
-            logs['cosine_ca_dm'] = gradient_cosine(values['ca'], values['dm'], anchor.x0)
-        total = sum(self.losses[name].weight * value for name, value in values.items())
-        wrapper = self._optim_wrapper['student']
-        wrapper.update_params(total)
-        self.student_updated = wrapper.should_update()
-        return dict(logs, loss_student=total.detach())
+        if 'ca' in values and 'dm' in values and inputs['ca'].prediction is inputs['dm'].prediction:
+            logs['cosine_ca_dm'] = gradient_cosine(values['ca'], values['dm'], iteration.anchor.x0)
+        return sum(self.losses[name].weight * value for name, value in values.items())
 
-    def _predictions(self, anchor: Prediction, condition: Condition, draws: Draws) -> Dict[str, Prediction]:
-        """The student's prediction at every loss's point; all points off the trajectory go in one call."""
-        points = {name: loss.point(anchor.detach(), draws.losses[name]) for name, loss in self.losses.items()}
+    def role_loss(self, loss: ScoreLoss, iteration: Iteration, step: int = 0) -> Tensor:
+        """What the network that a loss trains minimises."""
+        inputs = self._inputs(iteration, f'phase:{loss.role}', iteration.anchor.detach())
+        return loss.role_loss(replace(inputs, seen=iteration.seen.get((loss.role, step), ())))
+
+    def _inputs(self, iteration: Iteration, name: str, prediction: Prediction) -> LossInputs:
+        loss, condition = self.losses[name] if name in self.losses else None, iteration.condition
+        features = None if loss is None or not loss.on_fake else lambda x, sigma: self.features(
+            'fake', x, sigma, condition, prediction.sigma, loss.blocks)[1]
+        return LossInputs(prediction, iteration.draws.losses.get(name, {}), iteration.batch, condition, self.backbone,
+                          self.call, answering=dict(teacher=self.backbone_of('teacher')), features=features)
+
+    def _at_points(self, iteration: Iteration) -> dict[str, LossInputs]:
+        """Each loss's inputs at its point, by name; all points off the trajectory go in one call of the student."""
+        anchor = iteration.anchor.detach()
+        points = {name: loss.point(self._inputs(iteration, name, anchor)) for name, loss in self.due_losses.items()}
         own = {name: point for name, point in points.items() if point is not None}
-        predictions = {name: anchor for name in points}
+        predictions = {name: iteration.anchor for name in points}
         if own:
             x = torch.cat([x for x, _ in own.values()])
             sigma = torch.cat([sigma for _, sigma in own.values()])
-            velocity = self.velocity('student', x, sigma, Condition.cat([condition] * len(own)))
+            velocity = self.velocity('student', x, sigma, Condition.cat([iteration.condition] * len(own)))
             for (name, (x, sigma)), v in zip(own.items(), velocity.chunk(len(own))):
                 predictions[name] = Prediction(x, sigma, v, to_x0(x, v, sigma))
-        return predictions
+        return {name: self._inputs(iteration, name, prediction) for name, prediction in predictions.items()}
 
-    def _answer(self, predictions: Dict[str, Prediction], condition: Condition,
-                draws: Draws) -> Dict[str, Dict[str, Tensor]]:
-        """Answers every loss's questions, one batched call a role."""
-        asked: Dict[str, List[Tuple[str, str, ScoreQuery]]] = {}
-        for name, loss in self.losses.items():
-            for key, query in loss.queries(predictions[name].detach(), draws.losses[name]).items():
+    def _answered(self, inputs: dict[str, LossInputs]) -> dict[str, LossInputs]:
+        """The inputs with the answers to every loss's questions, one batched call a role."""
+        asked: dict[str, list[tuple[str, str, ScoreQuery]]] = {}
+        for name, own in inputs.items():
+            for key, query in self.losses[name].queries(replace(own, prediction=own.prediction.detach())).items():
                 asked.setdefault(query.role, []).append((name, key, query))
-        answers: Dict[str, Dict[str, Tensor]] = {name: {} for name in self.losses}
+        answers: dict[str, dict[str, Prediction]] = {name: {} for name in inputs}
         for role, questions in asked.items():
-            anchors = torch.cat([predictions[name].sigma for name, _, _ in questions])
-            x0 = self._ask(role, [query for _, _, query in questions], condition, anchors)
-            for (name, key, _), answer in zip(questions, x0.chunk(len(questions))):
-                answers[name][key] = answer
-        return answers
+            anchors = torch.cat([inputs[name].prediction.sigma for name, _, _ in questions])
+            queries = [query for _, _, query in questions]
+            velocity = self._ask(role, queries, next(iter(inputs.values())).condition, anchors)
+            for (name, key, query), v in zip(questions, velocity.chunk(len(questions))):
+                answers[name][key] = Prediction(query.x, query.sigma, v, to_x0(query.x, v, query.sigma))
+        return {name: replace(own, answers=answers[name]) for name, own in inputs.items()}
 
     @torch.no_grad()
-    def _ask(self, role: str, queries: List[ScoreQuery], condition: Condition, anchor_sigma: Tensor) -> Tensor:
-        """D_role of all queries, (len(queries) B, ...), in calls of at most `max_batch_per_call` samples."""
+    def _ask(self, role: str, queries: list[ScoreQuery], condition: Condition, anchor_sigma: Tensor) -> Tensor:
+        """A role's velocity at all queries, (len(queries) B, ...), in calls of at most `max_batch_per_call` samples."""
         x, sigma = torch.cat([q.x for q in queries]), torch.cat([q.sigma for q in queries])
         null = self.null_condition(len(condition)) if any(q.null for q in queries) else None
         conditions = Condition.cat([null if q.null else condition for q in queries])
         size = self.max_batch_per_call or len(x)
-        velocity = [self.velocity(role, x[i:i + size], sigma[i:i + size], conditions[i:i + size],
-                                  anchor_sigma[i:i + size]) for i in range(0, len(x), size)]
-        return to_x0(x, torch.cat(velocity), sigma)
+        return torch.cat([self.velocity(role, x[i:i + size], sigma[i:i + size], conditions[i:i + size],
+                                        anchor_sigma[i:i + size]) for i in range(0, len(x), size)])
 
 
 def gradient_cosine(loss_a: Tensor, loss_b: Tensor, x0: Tensor) -> Tensor:
@@ -290,12 +364,3 @@ def gradient_cosine(loss_a: Tensor, loss_b: Tensor, x0: Tensor) -> Tensor:
     """
     a, b = (torch.autograd.grad(loss, x0, retain_graph=True)[0].flatten(1) for loss in (loss_a, loss_b))
     return torch.nn.functional.cosine_similarity(a, b, dim=1).mean()
-
-
-def _override(default: Dict[str, Any], override: Dict[str, Any]) -> Dict[str, Any]:
-    """A part's config: replaced if the override names another type, changed in single arguments otherwise."""
-    if not isinstance(override, dict):
-        raise ValueError(f'model.losses.* and model.time_grid must be dicts such as {default}, but one is {override!r}')
-    if override.get('type', default.get('type')) != default.get('type'):
-        return dict(override)
-    return {**default, **override}

@@ -1,4 +1,4 @@
-from typing import Any, Dict
+from typing import Any
 
 from mmengine.registry import MODELS
 
@@ -7,12 +7,15 @@ from cdm_plugin.methods.distillation import Distillation
 
 @MODELS.register_module()
 class DMD2(Distillation):
-    """DMD2 (arXiv 2405.14867) in its image-free form: one DM loss whose real score carries guidance, on the inference
-    grid, five fake-score steps a student step. The optional GAN loss on real images is not part of it.
+    """DMD2 (arXiv 2405.14867): one DM loss whose real score carries guidance, on the inference grid (section 4.4), five
+    fake-score steps a student step (section 4.2). Image-free unless the GAN on real pictures (section 4.3) is added,
+    `losses=dict(gan=dict(type='GANLoss'))`, as to any method. Rollout and sampling are Euler steps where DMD2 noises x0
+    anew.
 
     Arguments as in `Distillation`.
     """
     default_student_every = 5
 
-    def default_losses(self) -> Dict[str, Dict[str, Any]]:
-        return dict(dm=dict(type='DMLoss', guided=True, alpha=self.alpha))
+    def default_losses(self) -> dict[str, dict[str, Any]]:
+        common = dict(alpha=self.alpha, guidance=self.guidance)
+        return dict(dm=dict(type='DMLoss', guided=True, **common))

@@ -1,12 +1,19 @@
-from typing import Any, Dict, Optional, Sequence, Union
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from cdm_plugin.arguments import Share
+from cdm_plugin.backbones import Backbone
 from cdm_plugin.draws import FlowMatchingDraws
 from cdm_plugin.flow import add_noise
-from cdm_plugin.losses.base import build_sampler
+from cdm_plugin.losses.base import Sampler, build_sampler
 from cdm_plugin.methods.base import DiffusionModel
+from cdm_plugin.methods.overrides import leave_aside
+from cdm_plugin.methods.phases import Iteration, Phase
+from cdm_plugin.sizes import Size
 
 
 @MODELS.register_module()
@@ -21,36 +28,37 @@ class FlowMatching(DiffusionModel):
             Default 0.1.
         loss (dict): Loss of the velocity. Default FlowMatchingLoss.
         sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor: See `DiffusionModel`.
+        **siblings: What only other methods take, left aside: changing `model.type` alone swaps methods.
     """
 
-    def __init__(self, backbone: Dict[str, Any], sigma: Any = dict(type='LogitNormalSigma'), drop_rate: float = 0.1,
-                 loss: Dict[str, Any] = dict(type='FlowMatchingLoss'),
+    def __init__(self, backbone: dict[str, Any] | Backbone, sigma: Sampler = dict(type='LogitNormalSigma'),
+                 drop_rate: Share = 0.1, loss: dict[str, Any] = dict(type='FlowMatchingLoss'),
                  sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
-                 image_size: Union[None, int, Sequence[int]] = None, activation_checkpointing: bool = False,
-                 lora: Optional[Dict[str, Any]] = None, data_preprocessor: Optional[Dict[str, Any]] = None) -> None:
+                 image_size: None | Size | Sequence[Size] = None, activation_checkpointing: bool = False,
+                 lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None,
+                 **siblings: Any) -> None:
+        leave_aside(type(self), siblings, DiffusionModel)
         super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor)
-        if not 0 <= drop_rate <= 1:
-            raise ValueError(f'model.drop_rate must lie in [0, 1], but is {drop_rate}')
         self.check_trainable()
         self.sigma, self.drop_rate = build_sampler(sigma), drop_rate
         self.loss = MODELS.build(dict(loss))
 
-    def train_step(self, data: Any, optim_wrapper: Any) -> Dict[str, Tensor]:
-        """One step on a batch of images; see `Distillation.train_step`."""
-        with self.stepping(optim_wrapper):
-            data = self.data_preprocessor(data, True)
-            if data.get('image') is None:
-                raise ValueError(f"FlowMatching needs images: the batch has {sorted(data)}; name the field with the "
-                                 "transform dict(type='PackInputs', image=...)")
-            condition = self.backbone.condition(data)
-            x0 = self.backbone.codec.encode(data['image'].to(self.math_dtype))
-            draws = FlowMatchingDraws.sample(**self.draw_key(), shape=tuple(x0.shape), sigma=self.sigma,
-                                             drop_rate=self.drop_rate, shift=self.shift)
-            draws = draws.to(self.device, self.math_dtype)
-            condition = condition.where(draws.drop, self.null_condition(len(condition)))
-            velocity = self.velocity('student', add_noise(x0, draws.noise, draws.sigma), draws.sigma, condition)
-            loss = self.loss(velocity, x0, draws.noise).mean()
-            wrapper = self._optim_wrapper['student']
-            wrapper.update_params(loss)
-            self.student_updated = wrapper.should_update()
-            return self.finish(dict(loss_student=loss.detach()))
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase('student', self.student_loss),)
+
+    def start(self, batch: dict[str, Any]) -> Iteration:
+        """Condition, some rows of it replaced by the null condition, and draws; the size is the pictures'."""
+        condition = self.backbone.condition(batch)
+        batch = dict(batch, latents=self.backbone.real_latents(batch, self.math_dtype))
+        shape = tuple(batch['latents'].shape)
+        draws = FlowMatchingDraws.sample(**self.draw_key(), shape=shape, sigma=self.sigma, drop_rate=self.drop_rate,
+                                         shift=partial(self.backbone.shift_sigmas, latent_size=shape[2:]))
+        draws = draws.to(self.device, self.math_dtype)
+        return Iteration(batch, condition.where(draws.drop, self.null_condition(len(condition))), draws)
+
+    def student_loss(self, iteration: Iteration, step: int = 0) -> Tensor:
+        """The loss of the velocity on noised pictures."""
+        x0, draws = iteration.batch['latents'], iteration.draws
+        velocity = self.velocity('student', add_noise(x0, draws.noise, draws.sigma), draws.sigma, iteration.condition)
+        return self.loss(velocity, x0, draws.noise).mean()

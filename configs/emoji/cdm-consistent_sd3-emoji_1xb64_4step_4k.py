@@ -1,4 +1,4 @@
-# CDM with consistent guidance (README, "The consistent recipe").
+# CDM with consistent guidance (docs/recipes.md).
 _base_ = './cdm_sd3-emoji_1xb64_4step_4k.py'
 
 model = dict(

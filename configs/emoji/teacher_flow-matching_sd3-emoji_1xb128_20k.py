@@ -1,4 +1,4 @@
-# Trains the emoji teacher from scratch: 64x64 pictures with captions (benchmarks/emoji/README.md). Export it with
+# Trains the emoji teacher from scratch: 64x64 pictures with captions (docs/emoji.md). Export it with
 # `cdm export ... --out work_dirs/emoji/teacher`, where the other recipes of this folder look for it.
 _base_ = [
     '../_base_/emoji_runtime.py', '../_base_/models/sd3_emoji_new.py', '../_base_/datasets/emoji_images.py'

@@ -1,6 +1,6 @@
 # CDM on FLUX.1-dev by LoRA on one GPU: 1 prompt an iteration, 4 an update. No published recipe, and not run.
 #
-# About 35 GiB (estimated by `cdm doctor`, not run), so a GPU of 48 GB. Cached text embeddings need about 31.
+# About 35 GiB (estimated by `cdm doctor`, not run), so a GPU of 48 GB. Cached text embeddings need about 30.
 _base_ = [
     '../_base_/large_runtime.py', '../_base_/models/flux_dev_lora.py', '../_base_/datasets/prompts.py',
     '../_base_/schedules/lora_4k.py'

@@ -1,5 +1,5 @@
-# CDM on LongCat-Image with consistent guidance: the four settings that keep it from drifting on the digits (README,
-# "The consistent recipe"), the rest as published. 8 GPUs x 8 prompts, 1,000 student steps.
+# CDM on LongCat-Image with consistent guidance: the four settings that keep it from drifting on the digits
+# (docs/recipes.md), the rest as published. 8 GPUs x 8 prompts, 1,000 student steps.
 #
 # About 275 GiB a GPU (estimated by `cdm doctor`, not run): weights, gradients and AdamW's state of 6.3 B parameters in
 # float32, twice. On smaller GPUs they must be sharded, as in cdm_longcat-image_8xb8_zero3_4step.py.

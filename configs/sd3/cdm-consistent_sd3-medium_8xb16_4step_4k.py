@@ -1,5 +1,5 @@
-# CDM on SD3-Medium with consistent guidance: the four settings that keep it from drifting on the digits (README, "The
-# consistent recipe"), the rest as published. 8 GPUs x 16 prompts, 2,000 student steps.
+# CDM on SD3-Medium with consistent guidance: the four settings that keep it from drifting on the digits
+# (docs/recipes.md), the rest as published. 8 GPUs x 16 prompts, 2,000 student steps.
 #
 # About 108 GiB a GPU (estimated by `cdm doctor`, not run), so one of 141 GB; cached text embeddings save 10 of them.
 # torchrun --nproc_per_node=8 --no-python cdm train sd3/cdm-consistent_sd3-medium_8xb16_4step_4k.py --launcher pytorch

@@ -111,7 +111,8 @@ def test_the_digits_are_exported_too_and_train_another(short_run, tmp_path):
     short_run(iters=2, custom_hooks=[dict(type='CDMHook'), dict(
         type='PipelineExportHook', out_dir=str(tmp_path / 'student'), prompts=[3, 7], ema=False)]).train()
     folder = shutil.move(tmp_path / 'student', tmp_path / 'moved')
-    assert {p.name for p in folder.iterdir()} == {'transformer', 'scheduler', 'cdm_parts.json', 'samples'}
+    assert {p.name for p in folder.iterdir()} == {
+        'README.md', 'transformer', 'scheduler', 'cdm_parts.json', 'samples'}
     backbone = MODELS.build(dict(type='SD3Backbone', pretrained=str(folder)))
     state = torch.load(tmp_path / 'run/iter_2.pth', weights_only=True)['state_dict']
     assert all(torch.equal(w, state[f'student.{name}']) for name, w in backbone.build_network().state_dict().items())

@@ -1,12 +1,16 @@
 """CDMHook against what MMEngine's runner does around it."""
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.registry import DATASETS
+from tests_support import tiny_method
 from torch.utils.data import IterableDataset
 
 from cdm_plugin.draws import stream
+from cdm_plugin.hooks import SampleGridHook
+from cdm_plugin.roles.ema import StudentEMA
 
 
 @DATASETS.register_module()
@@ -79,7 +83,8 @@ def test_a_streamed_dataset_trains_and_the_grid_asks_for_prompts(short_run, tmp_
 
 def test_grids_by_step_count_stand_beside_the_first(short_run, tmp_path):
     """One step from noise, computed by hand: student and EMA x0 = noise - v(noise, 1), the teacher with guidance 2."""
-    runner = short_run(iters=2, **{'custom_hooks.1.interval': 2, 'custom_hooks.1.steps': [1, 2]})
+    runner = short_run(iters=2, **{'custom_hooks.1.interval': 2, 'custom_hooks.1.steps': [1, 2],
+                                   'custom_hooks.1.teacher_steps': 28})
     runner.train()
     images = {p.name for p in (tmp_path / 'run').glob('*/vis_data/vis_image/samples*')}
     assert images == {f'samples{grid}_{step}.png' for grid in ('', '_1_steps', '_2_steps') for step in (0, 2)}
@@ -101,5 +106,23 @@ def test_grids_by_step_count_stand_beside_the_first(short_run, tmp_path):
 
 
 def test_grids_of_no_steps_are_refused(short_run):
-    with pytest.raises(ValueError, match=r'SampleGridHook.steps must be whole numbers of 1 or more, but is \[4, 0\]'):
+    with pytest.raises(ValueError, match=r'custom_hooks\[1\].steps\[1\] must be a whole number of 1 or more, but is 0'):
         short_run(iters=2, **{'custom_hooks.1.steps': [4, 0]})
+
+
+def test_a_grid_has_a_row_of_every_role_that_makes_images(monkeypatch):
+    """A method with a second fake score and a discriminator, both trained."""
+    method = tiny_method()
+    method.critic, method.head = tiny_method(seed=1).fake, torch.nn.Linear(2, 1)
+    monkeypatch.setattr(type(method), 'trained_roles', ('fake', 'student', 'head', 'critic'))
+    monkeypatch.setattr(type(method), 'denoisers', (*type(method).denoisers, 'critic'))
+    method.student_ema = StudentEMA(method.student)
+    runner = SimpleNamespace(model=method)
+    hook = SampleGridHook(prompts=[0, 1], num_images=2, teacher_steps=3, steps=[2])
+    rows = hook.rows(runner)
+    assert list(rows) == ['student, 4 steps', 'EMA, 4 steps', 'teacher, 3 steps', 'fake score, 3 steps',
+                          'critic, 3 steps']
+    assert not torch.equal(rows['fake score, 3 steps'], rows['critic, 3 steps'])
+    assert list(hook.rows(runner, 2)) == ['student, 2 steps', 'EMA, 2 steps', 'teacher, 2 steps', 'teacher, 3 steps']
+    assert list(SampleGridHook(prompts=[0]).rows(SimpleNamespace(model=tiny_method('FlowMatching')))) == [
+        'student, 4 steps']

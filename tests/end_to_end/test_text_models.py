@@ -6,20 +6,47 @@ import pytest
 import torch
 from mmengine.runner import Runner
 from PIL import Image
-from recipes import LONGCAT, LONGCAT_LORA, SD3, SD3_LORA
+from recipes import (
+    FLUX2_LORA,
+    KLEIN_LORA,
+    KREA2_LORA,
+    LONGCAT,
+    LONGCAT_LORA,
+    QWEN_IMAGE_LORA,
+    SD3,
+    SD3_LORA,
+    Z_IMAGE_LORA,
+)
 from test_training import same_bits
-from tiny_pipelines import save_tiny_longcat, save_tiny_sd3
+from tiny_pipelines import (
+    save_tiny_flux2,
+    save_tiny_klein,
+    save_tiny_krea2,
+    save_tiny_longcat,
+    save_tiny_qwen_image,
+    save_tiny_sd3,
+    save_tiny_z_image,
+)
 
 from cdm_plugin.cli import main
 from cdm_plugin.config import load_config
 from cdm_plugin.inference import load_method, sample_prompts, student_weights
 
 PROMPTS = ['a red fox', 'dogs and birds']
+# Writer, pixels of a side, pipeline, what loading it takes, and what every call of it takes.
 MODELS = {
-    'sd3': (save_tiny_sd3, 16, 'StableDiffusion3Pipeline', {}),
-    'longcat': (save_tiny_longcat, 64, 'LongCatImagePipeline', dict(text_processor=None))}
+    'sd3': (save_tiny_sd3, 16, 'StableDiffusion3Pipeline', {}, dict(guidance_scale=1.0)),
+    'longcat': (save_tiny_longcat, 64, 'LongCatImagePipeline', dict(text_processor=None),
+                dict(guidance_scale=1.0, enable_prompt_rewrite=False)),
+    'klein': (save_tiny_klein, 32, 'Flux2KleinPipeline', {}, dict(guidance_scale=1.0)),
+    'flux2': (save_tiny_flux2, 32, 'Flux2Pipeline', {}, dict(guidance_scale=4.0)),
+    'krea2': (save_tiny_krea2, 16, 'Krea2Pipeline', {}, dict(guidance_scale=0.0)),
+    'z_image': (save_tiny_z_image, 16, 'ZImagePipeline', {}, dict(guidance_scale=0.0)),
+    'qwen_image': (save_tiny_qwen_image, 16, 'QwenImagePipeline', {}, dict(true_cfg_scale=1.0))}
 RECIPES = {('sd3', 'full'): SD3, ('sd3', 'lora'): SD3_LORA, ('longcat', 'full'): LONGCAT,
-           ('longcat', 'lora'): LONGCAT_LORA}
+           ('longcat', 'lora'): LONGCAT_LORA, ('z_image', 'lora'): Z_IMAGE_LORA,
+           ('qwen_image', 'lora'): QWEN_IMAGE_LORA, ('klein', 'lora'): KLEIN_LORA, ('flux2', 'lora'): FLUX2_LORA,
+           ('krea2', 'lora'): KREA2_LORA}
 
 
 @pytest.fixture(scope='module')
@@ -34,10 +61,12 @@ def sources(tmp_path_factory):
 
 # The other methods only ask fewer questions; tests/test_scale/test_partition.py has more of the combinations.
 @pytest.mark.parametrize('name, method, weights', [
-    ('sd3', 'CDM', 'full'), ('sd3', 'CDM', 'lora'), ('sd3', 'DMD2', 'lora'),
-    ('longcat', 'CDM', 'full'), ('longcat', 'CDM', 'lora'), ('longcat', 'DecoupledDMD', 'full')])
+    ('sd3', 'CDM', 'lora'), ('longcat', 'CDM', 'full'), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        ('sd3', 'CDM', 'full'), ('sd3', 'DMD2', 'lora'), ('longcat', 'CDM', 'lora'),
+        ('longcat', 'DecoupledDMD', 'full'), ('z_image', 'CDM', 'lora'), ('qwen_image', 'CDM', 'lora'),
+        ('klein', 'CDM', 'lora'), ('flux2', 'CDM', 'lora'), ('krea2', 'CDM', 'lora')))])
 def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
-    _, size, pipeline_name, loading = MODELS[name]
+    _, size, pipeline_name, loading, calling = MODELS[name]
     options = {
         'model.type': method, 'model.backbone.pretrained': str(sources / name), 'model.backbone.config': None,
         'model.backbone.dtype': 'float32', 'model.backbone.conditioner.dtype': 'float32',
@@ -66,7 +95,7 @@ def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
         same_bits(a[part], b[part], part)
     assert all('.adapters.' in key for key in a['state_dict']) == (weights == 'lora')
 
-    trained = load_method(str(config), str(tmp_path / 'stopped'), device='cpu')
+    trained = load_method(str(config), str(tmp_path / 'stopped'), device='cpu', roles=('student', 'teacher'))
     noise = torch.randn(trained.latent_shape(2), generator=torch.Generator().manual_seed(0))
     with student_weights(trained, ema=True):
         images = sample_prompts(trained, PROMPTS, noise)
@@ -77,11 +106,11 @@ def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
     assert main([*command, *(['--fuse'] if weights == 'lora' else [])]) == 0
     pipeline = getattr(diffusers, pipeline_name).from_pretrained(tmp_path / 'student', **loading)
     pipeline.set_progress_bar_config(disable=True)
-    rewriting = dict(enable_prompt_rewrite=False) if name == 'longcat' else {}
-    # LongCat's pipeline takes packed latents.
-    latents = noise if name == 'sd3' else pipeline._pack_latents(noise, *noise.shape)
-    exported = pipeline(PROMPTS, latents=latents, height=size, width=size, num_inference_steps=4, guidance_scale=1.0,
-                        sigmas=[1.0, 0.75, 0.5, 0.25], output_type='pt', **rewriting).images
+    # The pipelines of LongCat and Qwen-Image take packed latents; Z-Image's changes the list of prompts.
+    packs = name in ('longcat', 'qwen_image', 'krea2')
+    latents = pipeline._pack_latents(noise, *noise.shape) if packs else noise
+    exported = pipeline(prompt=list(PROMPTS), latents=latents, height=size, width=size, num_inference_steps=4,
+                        sigmas=[1.0, 0.75, 0.5, 0.25], output_type='pt', **calling).images
     assert torch.allclose(2 * exported - 1, images, rtol=0, atol=1e-5)
     assert main(['sample', str(tmp_path / 'student'), '--prompts', *PROMPTS, '--num', '1', '--steps', '2',
                  '--out', str(tmp_path / 'images')]) == 0

@@ -12,8 +12,8 @@ from tests_support import same_bits
 
 from cdm_plugin.config import load_config
 from cdm_plugin.draws import stream
-from cdm_plugin.evaluation import prepare
-from cdm_plugin.images import labelled_grid
+from cdm_plugin.metrics import prepare
+from cdm_plugin.sheets import labelled_grid
 
 COUNT = 12
 METRICS = [dict(type='RecordingMetric'), dict(type='AbsentMetric'),

@@ -2,11 +2,43 @@
 import logging
 
 import pytest
-from mmengine.logging import MMLogger
-
 import tiny_pipelines
-from cdm_plugin.backbones import FluxBackbone, LongCatImageBackbone, SD3Backbone
+from mmengine.logging import MMLogger
 from tiny_pipelines import Tiny
+
+from cdm_plugin.backbones import (
+    Flux2Backbone,
+    Flux2KleinBackbone,
+    FluxBackbone,
+    Krea2Backbone,
+    LongCatImageBackbone,
+    QwenImageBackbone,
+    SD3Backbone,
+    ZImageBackbone,
+)
+
+# Whose training runs the code of the others, with text encoders that take long.
+HEAVY = ('klein', 'flux2', 'krea2')
+LONG = ('checkpointing_changes_no_gradient', 'half_precision', 'step_', 'exported_model', 'gan_on', 'offloaded',
+        'every_text', 'velocity_is_float32')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = getattr(item, 'callspec', None) and item.callspec.params.get('tiny')
+        if name in HEAVY and any(part in item.originalname for part in LONG):
+            item.add_marker('slow')
+
+
+def true_guidance(scale):
+    """Classifier-free guidance of pipelines that may also tell the network one."""
+    return dict(true_cfg_scale=scale, negative_prompt=['', ''])
+
+
+def from_zero(scale):
+    """Classifier-free guidance of pipelines that count it from 0."""
+    return dict(guidance_scale=scale - 1)
 
 
 @pytest.fixture(scope='session')
@@ -24,9 +56,24 @@ def tinies(tmp_path_factory):
                 tiny_pipelines.save_tiny_longcat(folder)
                 made[name] = Tiny(name, LongCatImageBackbone, folder, size=64, loading=dict(text_processor=None),
                                   options=dict(enable_prompt_rewrite=False))
+            elif name == 'z_image':
+                tiny_pipelines.save_tiny_z_image(folder)
+                made[name] = Tiny(name, ZImageBackbone, folder, guidance=from_zero)
+            elif name == 'krea2':
+                tiny_pipelines.save_tiny_krea2(folder)
+                made[name] = Tiny(name, Krea2Backbone, folder, guidance=from_zero)
+            elif name == 'klein':
+                tiny_pipelines.save_tiny_klein(folder)
+                made[name] = Tiny(name, Flux2KleinBackbone, folder, size=32, packed=2)
+            elif name == 'flux2':
+                tiny_pipelines.save_tiny_flux2(folder)
+                made[name] = Tiny(name, Flux2Backbone, folder, size=32, packed=2, guidance=lambda scale: {})
+            elif name == 'qwen_image':
+                tiny_pipelines.save_tiny_qwen_image(folder)
+                made[name] = Tiny(name, QwenImageBackbone, folder, guidance=true_guidance)
             else:
                 tiny_pipelines.save_tiny_flux(folder, guidance_embeds=name == 'flux_dev')
-                made[name] = Tiny(name, FluxBackbone, folder, guidance='true_cfg_scale')
+                made[name] = Tiny(name, FluxBackbone, folder, guidance=true_guidance)
         return made[name]
 
     return get
@@ -53,7 +100,33 @@ def flux_dev(tinies):
     return tinies('flux_dev')
 
 
-@pytest.fixture(scope='session', params=['sd3', 'longcat', 'flux'])
+@pytest.fixture(scope='session')
+def klein(tinies):
+    return tinies('klein')
+
+
+@pytest.fixture(scope='session')
+def flux2(tinies):
+    return tinies('flux2')
+
+
+@pytest.fixture(scope='session')
+def krea2(tinies):
+    return tinies('krea2')
+
+
+@pytest.fixture(scope='session')
+def qwen_image(tinies):
+    return tinies('qwen_image')
+
+
+@pytest.fixture(scope='session')
+def z_image(tinies):
+    return tinies('z_image')
+
+
+@pytest.fixture(scope='session', params=['sd3', 'longcat', 'flux', 'z_image', 'qwen_image', 'klein', 'krea2',
+                                        pytest.param('flux2', marks=pytest.mark.slow)])
 def tiny(request, tinies):
     """Every architecture."""
     return tinies(request.param)

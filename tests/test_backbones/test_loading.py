@@ -1,14 +1,15 @@
 """What is loaded from where, and what is refused with which words."""
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import PROMPTS
 
 from cdm_plugin.backbones import FluxBackbone, LongCatImageBackbone, SD3Backbone
-from tiny_pipelines import PROMPTS
 
 WEIGHTS = 'transformer/diffusion_pytorch_model.safetensors'
 
@@ -47,25 +48,31 @@ def test_another_architectures_folder_names_the_type_to_set(name, given, fitting
 
 
 @pytest.mark.parametrize('change, words', [
-    (lambda w: w.pop('proj_out.bias'), r'lacks weights, 1 of them: proj_out\.bias'),
-    (lambda w: w.update(extra=torch.zeros(2)), 'has weights that nothing takes, 1 of them: extra'),
-    (lambda w: w.update({'proj_out.bias': torch.zeros(5)}), r'cannot be loaded: .*proj_out\.bias'),
+    (lambda w, name: w.pop(name), 'lacks weights, 1 of them: {}'),
+    (lambda w, name: w.update(extra=torch.zeros(2)), 'has weights that nothing takes, 1 of them: extra'),
+    (lambda w, name: w.update({name: torch.zeros(5)}), 'cannot be loaded: .*{}'),
 ], ids=['missing', 'extra', 'shape'])
 def test_weights_that_do_not_fit_are_refused(change, words, tiny, tmp_path):
     folder = copied(tiny, tmp_path)
     weights = load_file(folder / WEIGHTS)
-    change(weights)
+    last = dict(z_image='all_final_layer.2-1.linear.bias', klein='proj_out.weight',
+                flux2='proj_out.weight', krea2='final_layer.linear.bias').get(tiny.name, 'proj_out.bias')
+    change(weights, last)
     save_file(weights, folder / WEIGHTS, metadata=dict(format='pt'))
-    with pytest.raises(ValueError, match=rf'the network in .*copy. \(model\.backbone\.pretrained\) {words}'):
+    with pytest.raises(ValueError, match=r'the network in .*copy. \(model\.backbone\.pretrained\) '
+                                         + words.format(re.escape(last))):
         tiny.method(backbone=dict(pretrained=str(folder)))
 
 
 def test_config_beside_pretrained_states_what_is_expected(tiny):
-    config = dict(num_attention_heads=2, joint_attention_dim=tiny.method().backbone.config['joint_attention_dim'])
-    assert tiny.method(backbone=dict(config=config)).backbone.config['num_attention_heads'] == 2
-    with pytest.raises(ValueError, match=r'model\.backbone\.config\.attention_head_dim=64, but the network in .* has '
-                                         '8: .* config only states what is expected'):
-        tiny.method(backbone=dict(config=dict(config, attention_head_dim=64)))
+    heads, text, width, own = dict(z_image=('n_heads', 'cap_feat_dim', 'dim', 16), krea2=(
+        'num_attention_heads', 'text_hidden_dim', 'attention_head_dim', 8)).get(
+        tiny.name, ('num_attention_heads', 'joint_attention_dim', 'attention_head_dim', 8))
+    config = {heads: 2, text: tiny.method().backbone.config[text]}
+    assert tiny.method(backbone=dict(config=config)).backbone.config[heads] == 2
+    with pytest.raises(ValueError, match=rf'model\.backbone\.config\.{width}=64, but the network in .* has '
+                                         f'{own}: .* config only states what is expected'):
+        tiny.method(backbone=dict(config={**config, width: 64}))
 
 
 def test_config_beside_pretrained_may_be_a_file_and_lists_equal_tuples(longcat):
@@ -108,7 +115,7 @@ def test_unknown_keys_and_kernels_are_refused(tiny):
 
 
 @pytest.mark.parametrize('setting', [
-    dict(shift_terminal=0.02), dict(invert_sigmas=True), dict(use_karras_sigmas=True),
+    dict(invert_sigmas=True), dict(use_karras_sigmas=True),
     dict(use_exponential_sigmas=True), dict(use_beta_sigmas=True), dict(stochastic_sampling=True)], ids=str)
 def test_unsupported_schedulers_are_refused(setting, longcat, tmp_path, monkeypatch):
     """From the config, and from the pretrained folder; the levels would depend on the whole grid."""
@@ -147,7 +154,8 @@ def test_a_revision_reaches_every_part(tiny, monkeypatch):
     for name, owner, call in (
             ('network', backbone.network_class, 'from_pretrained'), ('config', backbone.network_class, 'load_config'),
             ('scheduler', FlowMatchEulerDiscreteScheduler, 'from_pretrained'),
-            ('codec', AutoencoderKL, 'from_pretrained'), ('encoders', backbone.pipeline_class(), 'from_pretrained')):
+            ('codec', backbone.codec.vae_class, 'from_pretrained'),
+            ('encoders', backbone.pipeline_class(), 'from_pretrained')):
         def record(cls, *args, original=getattr(owner, call).__func__, name=name, **kwargs):
             seen.setdefault(name, []).append((kwargs.get('revision'), kwargs.get('local_files_only')))
             return original(cls, *args, **kwargs)

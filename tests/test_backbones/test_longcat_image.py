@@ -1,13 +1,11 @@
-"""LongCat-Image: packing, positions, renormalised guidance, quotations, and bfloat16."""
-import contextlib
-
+"""LongCat-Image: packing, positions, renormalised guidance, quotations."""
 import pytest
 import torch
 from diffusers.pipelines.longcat_image import pipeline_longcat_image
+from tiny_pipelines import PROMPTS
 
 from cdm_plugin.backbones.base import pack, unpack
 from cdm_plugin.backbones.longcat_image import position_ids
-from tiny_pipelines import PROMPTS
 
 CPU = torch.device('cpu')
 
@@ -112,7 +110,7 @@ def test_no_token_gets_longer_than_the_conditional_one(least, longcat):
 
 @pytest.mark.parametrize('value', [-0.1, 1.5])
 def test_the_least_factor_is_checked(value, longcat):
-    with pytest.raises(ValueError, match=r'model\.backbone\.cfg_renorm_min must lie in \[0, 1\], but is'):
+    with pytest.raises(ValueError, match=r'model\.backbone\.cfg_renorm_min must be a number in \[0, 1\], but is'):
         longcat.method(backbone=dict(cfg_renorm_min=value))
 
 
@@ -138,52 +136,3 @@ def test_tokens_are_counted_as_the_pipeline_takes_them(prompt, tokens, longcat, 
 def test_no_processor_is_loaded_and_no_prompt_rewritten(longcat):
     pipeline = longcat.method().backbone.conditioner.pipeline
     assert pipeline.text_processor is None and pipeline.tokenizer_max_length == 512
-
-
-# Activation checkpointing and half precision
-
-
-def gradients(method, condition, noise, autocast):
-    blocks = [0]
-    handle = method.student.transformer_blocks[0].register_forward_pre_hook(
-        lambda *args: blocks.__setitem__(0, blocks[0] + 1))
-    method.student.zero_grad()
-    with torch.autocast('cpu', torch.bfloat16) if autocast else contextlib.nullcontext():
-        velocity = method.backbone.velocity(method.student, noise, torch.tensor([0.9, 0.3]), condition)
-        loss = velocity.square().mean()
-    loss.backward()
-    handle.remove()
-    found = {n: p.grad.float() for n, p in method.student.named_parameters()}
-    return velocity.detach(), found, blocks[0]
-
-
-@pytest.mark.parametrize('precision', ['float32', 'autocast', 'bfloat16'])
-def test_checkpointing_changes_no_gradient(precision, longcat):
-    method, autocast = longcat.method(), precision == 'autocast'
-    if precision == 'bfloat16':
-        method.student.to(torch.bfloat16)
-    condition, noise = method.backbone.condition(dict(prompt=PROMPTS)), longcat.noise()
-    velocity, expected, calls = gradients(method, condition, noise, autocast)
-    assert calls == 1 and velocity.dtype == torch.float32
-    method.student.enable_gradient_checkpointing()
-    again, found, calls = gradients(method, condition, noise, autocast)
-    assert calls == 2  # forward, and again in backward
-    bound = 1e-6 if precision == 'float32' else 0.02
-    assert (again - velocity).abs().max() <= bound * velocity.abs().max()
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.isfinite().all() and gradient.abs().max() > 0, name
-        assert (found[name] - gradient).abs().max() <= bound * max(gradient.abs().max(), 1e-3), name
-
-
-def test_half_precision_stays_near_float32(longcat):
-    method = longcat.method()
-    condition, noise = method.backbone.condition(dict(prompt=PROMPTS)), longcat.noise()
-    velocity, expected, _ = gradients(method, condition, noise, False)
-    with_autocast = gradients(method, condition, noise, True)
-    method.student.to(torch.bfloat16)
-    for half, found, _ in (with_autocast, gradients(method, condition, noise, False)):
-        assert 0 < (half - velocity).abs().max() < 0.05 * velocity.abs().max()
-        for name in ('x_embedder.weight', 'time_embed.timestep_embedder.linear_1.weight', 'proj_out.weight'):
-            a, b = found[name].flatten(), expected[name].flatten()
-            assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98, name

@@ -5,7 +5,6 @@ from diffusers import SD3Transformer2DModel
 from tiny_pipelines import PROMPTS
 
 
-
 def test_the_tiny_network_has_the_parts_of_both_versions(sd3):
     """SD3.5 normalises queries and keys, and some of its blocks have a second attention."""
     network = sd3.method().student

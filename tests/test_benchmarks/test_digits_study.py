@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
+from cdm_plugin.commands.demo.distil import RECIPE as DEMO
 from cdm_plugin.config import load_config
-from cdm_plugin.demo import RECIPE as DEMO
 
 STEPS = [1, 2, 3, 4, 6, 8]
 
@@ -98,6 +98,7 @@ def test_main_rows_come_first_and_the_long_ones_last(plan, study):
     assert [seed for _, seed in order[:20]] == [0] * 10 + [1] * 10 and len(set(order)) == len(order)
 
 
+@pytest.mark.slow
 def test_compiled_networks_compute_the_same(plan, study):
     """The fake score's class and shapes are the student's: it must not get the student's compiled code."""
     method = MODELS.build(study.recipe_of(plan.ROWS['cdm-consistent']).model).eval()
@@ -147,6 +148,7 @@ def judgements(run):
     return run['seed'], run['curve'], run['final']
 
 
+@pytest.mark.slow
 def test_every_row_is_judged(short):
     _, out = short
     assert sorted(file.name for file in out.iterdir()) == ['consistent.json', 'dmd2.json', 'teacher.json']
@@ -163,6 +165,7 @@ def test_every_row_is_judged(short):
     assert judgements(read(out, 'dmd2')['runs'][0]) != judgements(read(out, 'dmd2')['runs'][1])
 
 
+@pytest.mark.slow
 def test_the_teacher_is_judged_with_and_without_guidance(short):
     teacher = read(short[1], 'teacher')
     for name in ('guided', 'unguided', 'guided, alpha 7'):
@@ -171,6 +174,7 @@ def test_the_teacher_is_judged_with_and_without_guidance(short):
     assert guided < unguided  # the reference is guided
 
 
+@pytest.mark.slow
 def test_what_has_run_is_not_run_again_and_nothing_starts_beyond_the_budget(short, study, monkeypatch, capsys):
     command, out = short
     before = {file: file.read_bytes() for file in out.iterdir()}
@@ -183,6 +187,7 @@ def test_what_has_run_is_not_run_again_and_nothing_starts_beyond_the_budget(shor
     assert {file: file.read_bytes() for file in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_leaves_nothing_and_comes_out_the_same(short, study, monkeypatch):
     command, out = short
     whole = read(out, 'dmd2')
@@ -201,6 +206,7 @@ def test_a_run_that_was_cut_off_leaves_nothing_and_comes_out_the_same(short, stu
     assert [judgements(run) for run in read(out, 'dmd2')['runs']] == [judgements(run) for run in whole['runs']]
 
 
+@pytest.mark.slow
 def test_results_of_another_recipe_are_not_gone_on_with(short, study):
     command, out = short
     result = read(out, 'consistent')

@@ -57,9 +57,9 @@ def test_the_report_in_the_repository_is_of_the_results_in_it(report):
     assert page == report.report(DOCS / 'study'), 'run benchmarks/digits_study_report.py'
 
 
-def test_the_readme_s_table_is_of_the_results(report):
-    readme = (DOCS.parent / 'README.md').read_text(encoding='utf-8')
-    table = re.findall(r'^\|.*\(`([\w-]+)`.*?\) \| (.*) \|$', readme, re.MULTILINE)
+def test_the_table_of_the_recipes_is_of_the_results(report):
+    page = (DOCS / 'recipes.md').read_text(encoding='utf-8')
+    table = re.findall(r'^\|.*\(`([\w-]+)`.*?\) \| (.*) \|$', page, re.MULTILINE)
     assert len(table) >= 7 and table[0][0] == 'fixed-grid-one-rollout-400'
     for name, cells in table:
         result = json.loads((DOCS / f'study/{name}.json').read_text())

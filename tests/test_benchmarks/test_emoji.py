@@ -162,6 +162,7 @@ def results(emoji, bench):
     return emoji('study').study(bench, bench.data.parent / 'results.json', ['dmd2', 'cdm-consistent'], 1, pictures=2)
 
 
+@pytest.mark.slow
 def test_every_row_is_judged_at_every_number_of_steps(results):
     assert results['rows'].keys() == {'dmd2', 'cdm-consistent'}
     for runs in results['rows'].values():
@@ -173,6 +174,7 @@ def test_every_row_is_judged_at_every_number_of_steps(results):
     assert results['teacher'][-1]['steps'] == 50 and results['teacher'][-1]['train']['fd'] > 0
 
 
+@pytest.mark.slow
 def test_what_has_run_is_not_run_again(emoji, bench, results):
     out = bench.data.parent / 'results.json'
     before = out.stat().st_mtime_ns
@@ -183,6 +185,7 @@ def test_what_has_run_is_not_run_again(emoji, bench, results):
     assert again == json.loads(out.read_text()) and out.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_the_table_has_all_of_it(emoji, results, bench, capsys):
     table = emoji('study').table(results, 'held_out')
     lines = table.splitlines()
@@ -215,7 +218,8 @@ def test_without_data_it_says_how_to_make_them(emoji, tmp_path):
         emoji('study').main(['--small', '--data', str(tmp_path)])
 
 
-def test_the_readme_s_table_is_what_has_run(emoji):
-    """benchmarks/emoji/README.md shows docs/emoji/small.json."""
-    results = json.loads((EMOJI.parents[1] / 'docs/emoji/small.json').read_text())
-    assert emoji('study').table(results, 'held_out') in (EMOJI / 'README.md').read_text(encoding='utf-8')
+def test_the_table_of_the_page_is_what_has_run(emoji):
+    """docs/emoji.md shows docs/emoji/small.json."""
+    docs = EMOJI.parents[1] / 'docs'
+    results = json.loads((docs / 'emoji/small.json').read_text())
+    assert emoji('study').table(results, 'held_out') in (docs / 'emoji.md').read_text(encoding='utf-8')

@@ -97,9 +97,35 @@ def test_embeddings_of_different_widths(collate):
 
 
 @pytest.mark.parametrize('collate', [pseudo_collate, list])
-def test_embeddings_of_different_lengths(collate):
-    refused(collate([make_sample(0), make_sample(1, length=7)]), 'condition.encoder_hidden_states', '(3, 8)', '(7, 8)',
-            'pad all text embeddings to one length')
+def test_texts_of_different_lengths_are_padded_with_a_mask(collate):
+    samples = [make_sample(0, dtype=torch.bfloat16), make_sample(1, length=5, dtype=torch.bfloat16)]
+    ids = [torch.arange(3)[:, None], torch.arange(5)[:, None]]
+    for sample, own in zip(samples, ids):
+        sample['condition']['text_ids'] = own
+    condition = preprocess(collate(samples))['condition']
+    states = condition['encoder_hidden_states']
+    assert states.shape == (2, 5, 8) and states.dtype == torch.bfloat16 and not states[0, 3:].any()
+    for i, sample in enumerate(samples):
+        assert torch.equal(states[i, :3 + 2 * i], sample['condition']['encoder_hidden_states'])
+    assert condition['text_ids'].dtype == torch.long and condition['text_ids'][..., 0].tolist() == [
+        [0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]
+    for name in ('encoder_hidden_states_mask', 'text_ids_mask'):
+        assert condition[name].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert condition['pooled_projections'].shape == (2, 6) and len(condition) == 5
+
+
+@pytest.mark.parametrize('collate', COLLATES)
+def test_padding_that_a_mask_excludes_is_trimmed(collate):
+    """Embeddings that were written with padding and mask, of 8 tokens."""
+    samples = [dict(condition=dict(a=torch.ones(8, 2), a_mask=torch.arange(8) < length)) for length in (2, 4)]
+    condition = preprocess(collate(samples))['condition']
+    assert condition['a'].shape == (2, 4, 2) and condition['a_mask'].sum(1).tolist() == [2, 4]
+    assert set(preprocess(collate(samples[:1]))['condition']) == {'a'}
+
+
+def test_vectors_of_different_lengths():
+    samples = [dict(condition=dict(pooled_projections=torch.ones(n))) for n in (6, 7)]
+    refused(samples, 'condition.pooled_projections', '(6,)', '(7,)', 'one text encoder')
 
 
 def test_embeddings_of_different_dtypes():
@@ -109,6 +135,13 @@ def test_embeddings_of_different_dtypes():
 def test_images_of_different_sizes():
     refused([dict(make_sample(0)), dict(make_sample(1), image=torch.zeros(1, 4, 5))], 'image', '(3, 4, 5)', '(1, 4, 5)',
             'one size and number of channels')
+
+
+def test_latents():
+    refused([dict(prompt='x', latents=torch.zeros(4, 2, side)) for side in (2, 3)], 'latents differs', '(4, 2, 2)',
+            '(4, 2, 3)', 'one size')
+    refused([dict(prompt='x', latents=torch.zeros(4, 2, 2, dtype=torch.long))], 'latents of a batch must be float')
+    refused(dict(prompt=['a', 'b'], latents=torch.zeros(3, 4, 2, 2)), "'latents': 3", "'prompt': 2")
 
 
 def test_condition_in_some_samples_only():

@@ -32,5 +32,5 @@ def test_categories_and_indices():
 @pytest.mark.parametrize('kwargs, key', [(dict(num_classes=0), 'num_classes'), (dict(num_classes=2.5), 'num_classes'),
                                          (dict(num_classes=3, length=0), 'length')])
 def test_sizes_are_checked(kwargs, key):
-    with pytest.raises(ValueError, match=f'`{key}` of LabelDataset must be a whole number'):
+    with pytest.raises(ValueError, match=f'LabelDataset.{key} must be a whole number'):
         LabelDataset(**kwargs)

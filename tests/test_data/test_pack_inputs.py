@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.dataset import BaseDataset, ConcatDataset, default_collate, pseudo_collate
 from mmengine.registry import TRANSFORMS, DefaultScope, Registry
 from PIL import Image
 
-from cdm_plugin.data import PackInputs
+from cdm_plugin.data import DistillationDataPreprocessor, PackInputs, check_channel_order
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
 
@@ -43,9 +44,73 @@ def test_colour_images(value):
 
 
 @pytest.mark.parametrize('value', [PIXELS[..., 0], PIXELS[..., :1], Image.fromarray(PIXELS[..., 0])])
-def test_gray_images_have_one_channel(value):
-    image = PackInputs()(dict(prompt='x', image=value))['image']
+def test_gray_images_have_as_many_channels_as_are_asked_for(value):
+    image = PackInputs(channels=1)(dict(prompt='x', image=value))['image']
     assert image.shape == (1, 4, 5) and np.array_equal(as_pixels(image), PIXELS[..., :1])
+    image = PackInputs()(dict(prompt='x', image=value))['image']
+    assert image.shape == (3, 4, 5) and np.array_equal(as_pixels(image), PIXELS[..., :1].repeat(3, 2))
+
+
+def test_gray_and_colour_go_into_one_batch():
+    samples = [PackInputs()(dict(prompt='x', image=value)) for value in (PIXELS, PIXELS[..., 0])]
+    for collate in (pseudo_collate, default_collate):
+        assert DistillationDataPreprocessor()(collate(samples))['image'].shape == (2, 3, 4, 5)
+
+
+@pytest.mark.parametrize('alpha', [False, True])
+def test_arrays_in_the_order_of_opencv(alpha):
+    """Red is the last of BGR; alpha stays where it is."""
+    pixels = np.dstack([PIXELS[..., ::-1], np.full((4, 5, 1), 255, np.uint8)]) if alpha else PIXELS[..., ::-1]
+    image = PackInputs(channel_order='bgr')(dict(prompt='x', image=pixels))['image']
+    assert np.array_equal(as_pixels(image), PIXELS)
+    # Pillow and files know their order.
+    image = PackInputs(channel_order='bgr')(dict(prompt='x', image=Image.fromarray(PIXELS)))['image']
+    assert np.array_equal(as_pixels(image), PIXELS)
+
+
+def make_loader(**attributes):
+    loader = type('LoadImageFromFile', (), dict(__module__='mmcv.transforms.loading', __call__=dict))()
+    vars(loader).update(attributes)
+    return loader
+
+
+@pytest.mark.parametrize('loader, pack, warns', [
+    (make_loader(), PackInputs(), True), (make_loader(), PackInputs(channel_order='bgr'), False),
+    (make_loader(), PackInputs(channel_order='rgb'), False), (make_loader(channel_order='rgb'), PackInputs(), False),
+    (make_loader(channel_order='bgr'), PackInputs(), True), (dict, PackInputs(), False)])
+def test_a_loader_of_bgr_without_channel_order_is_named(loader, pack, warns, monkeypatch):
+    said = []
+    monkeypatch.setattr('cdm_plugin.data.pack_inputs.print_log', lambda text, *args, **kwargs: said.append(text))
+    dataset = BaseDataset(pipeline=[loader, pack], lazy_init=True)
+    check_channel_order(ConcatDataset([dataset, BaseDataset(pipeline=[pack], lazy_init=True)], lazy_init=True))
+    assert len(said) == warns
+    if warns:
+        assert 'mmcv.transforms.loading.LoadImageFromFile' in said[0] and "channel_order='bgr'" in said[0]
+
+
+def test_latents_and_other_fields_pass():
+    latents = np.ones((4, 2, 2), np.float16)
+    pack = PackInputs(meta=['score', 'source'])
+    samples = [pack(dict(prompt='x', latents=latents, score=0.5, source=source, other=1)) for source in 'ab']
+    assert set(samples[0]) == {'prompt', 'latents', 'meta'}
+    for collate, scores in ((pseudo_collate, [0.5, 0.5]), (default_collate, torch.tensor([0.5, 0.5]).double()),
+                            (list, [0.5, 0.5])):
+        batch = DistillationDataPreprocessor()(collate(samples))
+        assert batch['latents'].shape == (2, 4, 2, 2) and batch['latents'].dtype == torch.float32
+        assert list(batch['meta']) == ['score', 'source'] and list(batch['meta']['source']) == ['a', 'b']
+        assert list(batch['meta']['score']) == list(scores)
+    with pytest.raises(ValueError, match=r"no field 'scores', only .*type='PackInputs', meta=\.\.\."):
+        PackInputs(meta=['scores'])(dict(prompt='x', score=1))
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(channels=4), 'PackInputs.channels must be 1 or 3, but is 4'),
+    (dict(channel_order='gbr'), "PackInputs.channel_order must be 'rgb' or 'bgr' or None, but is 'gbr'"),
+    (dict(background='whit'), "'whit'"),
+])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        PackInputs(**kwargs)
 
 
 def test_a_path_is_opened_where_it_is_asked_for(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 from mmengine.dataset import BaseDataset
@@ -154,3 +155,136 @@ def test_bad_csv_rows(tmp_path, text, message):
                                         ('p.csv', 'prompt\n')])
 def test_no_prompts_at_all(tmp_path, name, text):
     refused(write(tmp_path / name, text), 'holds no prompts')
+
+
+# What else lies in such files
+
+
+@pytest.mark.parametrize('suffix', ['txt', 'csv', 'jsonl'])
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be'])
+def test_utf16_is_named(tmp_path, suffix, encoding):
+    text = dict(txt='a red fox\nblue sky\n', csv='prompt\na red fox\n', jsonl='{"prompt": "a red fox"}\n')[suffix]
+    refused(write(tmp_path / f'p.{suffix}', text, encoding), 'line 1: the file is UTF-16; save it as UTF-8')
+
+
+@pytest.mark.parametrize('name, text', [('p.txt', 'ok\na red\0 fox\n'), ('p.csv', 'prompt\n"a red\0 fox"\n'),
+                                        ('p.jsonl', '{"prompt": "ok"}\n{"prompt": "a red\0 fox"}\n')])
+def test_nul_is_refused_by_line(tmp_path, name, text):
+    refused(write(tmp_path / name, text), 'line 2: a NUL character')
+
+
+def test_an_escaped_nul_is_refused_by_line(tmp_path):
+    refused(write(tmp_path / 'p.jsonl', '{"prompt": "ok"}\n{"prompt": "a\\u0000"}'), 'line 2: the prompt holds a NUL')
+
+
+@pytest.mark.parametrize('name, text', [
+    ('p.txt', '\ufeffa\n\ufeffb\n'), ('p.csv', '\ufeffprompt\na\n\ufeffb\n'),
+    ('p.jsonl', '\ufeff{"prompt": "a"}\n\ufeff{"prompt": "b"}\n')])
+def test_marks_of_joined_files_are_removed(tmp_path, name, text):
+    assert prompts(PromptDataset(ann_file=write(tmp_path / name, text))) == ['a', 'b']
+
+
+@pytest.mark.parametrize('blank', ['\u200b', '\u200d\u2060', ' \u00ad\u3000'])
+def test_what_shows_nothing_is_empty(tmp_path, blank):
+    assert prompts(PromptDataset(ann_file=write(tmp_path / 'p.txt', f'a\n{blank}\nb'))) == ['a', 'b']
+    refused(write(tmp_path / 'p.csv', f'id,prompt\n1,{blank}\n'), 'line 2: the prompt is empty')
+    refused(write(tmp_path / 'p.jsonl', json.dumps(dict(prompt=blank))), 'line 1: the prompt is empty')
+
+
+def test_joiners_inside_a_prompt_stay(tmp_path):
+    family = '👩\u200d👩\u200d👧'
+    assert prompts(PromptDataset(ann_file=write(tmp_path / 'p.txt', f'{family}\n'))) == [family]
+
+
+@pytest.mark.parametrize('suffix', ['txt', 'csv', 'jsonl'])
+@pytest.mark.parametrize('text, message', [
+    ('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n', 'a pointer of Git LFS.*git lfs pull'),
+    ('\n <!DOCTYPE html>\n<html></html>', 'a web page'), ('<html>404</html>', 'a web page'),
+])
+def test_files_that_are_no_prompts(tmp_path, suffix, text, message):
+    refused(write(tmp_path / f'p.{suffix}', text), f'line 1: the file is {message}')
+
+
+@pytest.mark.parametrize('text, message', [
+    ('prompt,score,prompt\na,5,b\n', "line 1: the columns 1 and 3 are both called 'prompt'"),
+    ('id,prompt, prompt\n1,a,b\n', "line 1: the columns 2 and 3 are both called 'prompt'"),
+])
+def test_columns_of_one_name(tmp_path, text, message):
+    refused(write(tmp_path / 'p.csv', text), message)
+
+
+@pytest.mark.parametrize('depth', [98, 101, 400, 900, 3000, 100_000])
+@pytest.mark.parametrize('opening, closing', [('[', ']'), ('{"a": ', '}')])
+def test_deep_json(tmp_path, depth, opening, closing):
+    """With the row itself, 98 levels are 99 and the value inside is the hundredth."""
+    line = '{"prompt": "a", "x": ' + opening * depth + '1' + closing * depth + '}'
+    path = write(tmp_path / 'p.jsonl', '{"prompt": "ok"}\n' + line)
+    if depth == 98:
+        assert prompts(PromptDataset(ann_file=path)) == ['ok', 'a']
+    else:
+        refused(path, 'line 2: JSON of more than 100 levels')
+
+
+def test_big_numbers(tmp_path):
+    refused(write(tmp_path / 'p.jsonl', '{"prompt": "a", "id": 1' + '0' * 5000 + '}'), 'line 1: not readable .*digits')
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('p.txt', '{}\n', 'line 1: the prompt has 8000000 characters'),
+    ('p.jsonl', '{{"prompt": "{}"}}', 'line 1: the prompt has 8000000 characters'),
+    ('p.csv', 'prompt\n"{}"\n', 'row from line 2: malformed csv'),
+])
+def test_a_line_of_eight_megabytes(tmp_path, name, text, message):
+    path, start = write(tmp_path / name, text.format('word,lo,' * 1_000_000)), time.process_time()
+    refused(path, message)
+    assert time.process_time() - start < 5
+    limit = 'x' * 2**17
+    assert prompts(PromptDataset(ann_file=write(tmp_path / 'q.txt', limit))) == [limit]
+
+
+def test_lone_surrogates_of_a_broken_writer(tmp_path):
+    """UTF-8 has no bytes for half of a pair."""
+    (tmp_path / 'p.txt').write_bytes('ok\na \ud83d'.encode('utf-8', 'surrogatepass'))
+    refused(tmp_path / 'p.txt', 'line 2: byte 0xed is not UTF-8')
+
+
+def test_columns_inside_a_json_object(tmp_path):
+    row = dict(meta=dict(caption=CAT, kinds=['a', 'b']), captions=[TEA, 'a fox'], **{'x.y': 'with a dot'})
+    path = write(tmp_path / 'p.jsonl', json.dumps(row))
+    for column, prompt in (('meta.caption', CAT), ('captions.0', TEA), ('captions.1', 'a fox'), ('x.y', 'with a dot')):
+        dataset = PromptDataset(ann_file=path, column=column, category_column='meta.kinds')
+        assert prompts(dataset) == [prompt] and dataset.categories == ['a', 'b'] and dataset.get_cat_ids(0) == [0, 1]
+    for column in ('meta.text', 'captions.2', 'captions.first', 'meta.caption.0.1', 'nothing.at.all'):
+        refused(path, f"line 1: no column '{column}'", column=column)
+    refused(path, "'captions' is a list, .* 'captions.0' for the first of them", column='captions')
+
+
+@pytest.mark.parametrize('name, text, expected', [
+    ('p.txt', '# my prompts\na red fox\n', ['# my prompts', 'a red fox']),
+    ('p.txt', 'a red fox\rblue sky\r', ['a red fox', 'blue sky']),
+    ('p.txt', '\u00a0\na red fox --w 512\n', ['a red fox --w 512']),
+    ('P.TXT', 'a red fox', ['a red fox']),
+    ('p.csv', 'id,prompt\r1,a red fox\r2,blue sky\r', ['a red fox', 'blue sky']),
+    ('p.csv', 'prompt\nNaN\nNone\nnull\n', ['NaN', 'None', 'null']),
+    ('p.csv', ',prompt\n0,a red fox\n', ['a red fox']),
+    ('p.csv', 'id,prompt\n1,a 6" ruler\n', ['a 6" ruler']),
+    ('p.jsonl', '{"prompt": "a", "score": NaN}\r\n{"prompt": "b"}\r\n', ['a', 'b']),
+    ('p.jsonl', '{"prompt": "  a red fox\\n "}', ['  a red fox\n ']),
+    ('p.csv', 'id,prompt\n1,"a sign saying \\"hi\\" on it"\n', 'row from line 2: malformed'),
+    ('p.csv', '\nprompt\na red fox\n', 'line 2: not as many cells'),
+    ('p.csv', 'id, prompt\n1, a red fox\n', "line 2: no column 'prompt', there are .*' prompt'"),
+    ('p.csv', 'id;prompt\n1;a red fox\n', "no column 'prompt', there are .*'id;prompt'"),
+    ('p.jsonl', '[{"prompt": "a red fox"}]', 'line 1: a list'),
+    ('p.jsonl', 'null', 'line 1: a NoneType'),
+    ('p.jsonl', '{"prompt": "a\tb"}', 'line 1: not JSON'),
+    ('p.jsonl', '{\n  "prompt": "a"\n}', 'line 1: not JSON'),
+    ('p.jsonl', "{'prompt': 'a'}", 'line 1: not JSON'),
+    ('p.jsonl', '{"prompt": "a"},\n', 'line 1: not JSON'),
+    ('p.txt.gz', '', 'unknown suffix'), ('p.tsv', 'prompt\na', 'unknown suffix'), ('p.ndjson', '{}', 'unknown suffix'),
+])
+def test_other_files_are_read_or_refused_in_one_line(tmp_path, name, text, expected):
+    path = write(tmp_path / name, text)
+    if isinstance(expected, str):
+        refused(path, expected)
+    else:
+        assert prompts(PromptDataset(ann_file=path)) == expected

@@ -6,12 +6,12 @@ import pytest
 import torch
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from tests_support import tiny_method
 from torch import nn
 
 from cdm_plugin.draws import Draws
 from cdm_plugin.engine import AutocastOptimWrapper, RoleOptimWrapper, StudentEMA
-from cdm_plugin.hooks import CDMHook
-from tests_support import tiny_method
+from cdm_plugin.hooks import StudentEMAHook
 
 SGD = dict(optimizer=dict(type='SGD', lr=0.05))
 STILL = dict(optimizer=dict(type='SGD', lr=0.0))
@@ -234,7 +234,7 @@ def test_two_accumulated_fake_steps_equal_one_of_the_doubled_batch(labels):
 
     doubled = tiny_method(**FIXED)
     assert equal(weights(doubled.fake), before)
-    doubled.sample_draws = lambda batch: concatenate(*draws)
+    doubled.sample_draws = lambda batch, latent_size=None: concatenate(*draws)
     wrappers = build(doubled, student=SGD, fake=SGD)
     expected = record_gradients(wrappers)
     doubled.train_step(dict(prompt=torch.cat([labels['prompt']] * 2)), wrappers)
@@ -265,14 +265,13 @@ def test_the_students_average_waits_for_a_real_update(labels):
     method = tiny_method()
     wrappers = build(method, student=dict(SGD, accumulative_counts=2), fake=SGD)
     method.student_ema = StudentEMA(method.student)
-    hook, updated = CDMHook(), []
-    for iteration in range(8):
-        runner = SimpleNamespace(model=method, iter=iteration)
-        hook.before_train_iter(runner, iteration)
+    hook, updated = StudentEMAHook(), []
+    for method.iteration in range(8):
+        runner = SimpleNamespace(model=method)
         before = weights(method.student)
         method.train_step(labels, wrappers)
         assert equal(weights(method.student), before) == (not method.student_updated)
-        hook.after_train_iter(runner, iteration)
+        hook.after_train_iter(runner, method.iteration)
         updated.append(method.student_ema.steps)
     assert updated == [0, 0, 0, 1, 1, 1, 1, 2]
 

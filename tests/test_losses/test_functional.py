@@ -4,7 +4,16 @@ import math
 import pytest
 import torch
 
-from cdm_plugin.losses.functional import ca_loss, direction_loss, dm_loss, flow_matching_loss, reference_norm
+from cdm_plugin.flow import full_precision
+from cdm_plugin.losses.functional import direction_loss, flow_matching_loss, reference_norm
+
+
+def dm_loss(x0, teacher, fake, min_norm=0.1):
+    return direction_loss(x0, full_precision(teacher) - full_precision(fake), teacher, min_norm)
+
+
+def ca_loss(x0, cond, null, alpha, min_norm=0.1):
+    return direction_loss(x0, alpha * (full_precision(cond) - full_precision(null)), cond, min_norm)
 
 
 def latents(seed, *shape, dtype=torch.float64):

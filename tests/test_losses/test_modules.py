@@ -4,7 +4,7 @@ import torch
 from mmengine.registry import MODELS
 
 from cdm_plugin.draws import DrawContext, stream
-from cdm_plugin.losses import CALoss, CDMLoss, DMLoss, FlowMatchingLoss, ScoreLoss
+from cdm_plugin.losses import CALoss, CDMLoss, DMLoss, FlowMatchingLoss, LossInputs, ScoreLoss
 from cdm_plugin.rollout import Prediction
 from cdm_plugin.sigma_samplers import AnchorSigma, CappedUniformSigma, UniformSigma
 
@@ -18,6 +18,18 @@ def latents(seed):
 
 def column(values):
     return torch.tensor(values, dtype=torch.float64)[:, None, None, None]
+
+
+def inputs_of(prediction, draws=(), answers=()):
+    """What a loss sees; the answers are estimates of x0 at z, by name."""
+    level = torch.tensor(Z_SIGMA, dtype=torch.float64)
+    answers = {name: Prediction(latents(20), level, (latents(20) - x0) / column(Z_SIGMA), x0)
+               for name, x0 in dict(answers).items()}
+    return LossInputs(prediction, dict(draws), {}, None, None, None, answers)
+
+
+def value_of(loss, prediction, answers):
+    return loss(inputs_of(prediction, answers=answers))
 
 
 SIGMA, Z_SIGMA, POINT_SIGMA = [1.0, 0.6, 0.3], [0.9, 0.5, 0.02], [0.1, 0.98, 0.3]
@@ -38,11 +50,11 @@ def draws():
 
 @pytest.fixture
 def answers():
-    return {name: latents(10 + i) for i, name in enumerate(['teacher', 'fake', 'null', 'cond'])}
+    return {name: latents(10 + i) for i, name in enumerate(['teacher', 'fake', 'null'])}
 
 
 QUERIES = {
-    'CALoss': (CALoss(), dict(cond=('teacher', False), null=('teacher', True))),
+    'CALoss': (CALoss(), dict(teacher=('teacher', False), null=('teacher', True))),
     'DMLoss': (DMLoss(), dict(teacher=('teacher', False), fake=('fake', False))),
     'DMLoss guided': (DMLoss(guided=True), dict(
         teacher=('teacher', False), fake=('fake', False), null=('teacher', True))),
@@ -55,7 +67,7 @@ QUERIES = {
 @pytest.mark.parametrize('name', QUERIES)
 def test_queries(name, prediction, draws):
     loss, expected = QUERIES[name]
-    queries = loss.queries(prediction.detach(), draws)
+    queries = loss.queries(inputs_of(prediction.detach(), draws))
     assert {key: (query.role, query.null) for key, query in queries.items()} == expected
     z = (1 - column(Z_SIGMA)) * prediction.x0.detach() + column(Z_SIGMA) * draws['noise']
     for query in queries.values():
@@ -64,11 +76,11 @@ def test_queries(name, prediction, draws):
 
 
 def test_on_trajectory_losses_train_the_shared_prediction(prediction, draws):
-    assert CALoss().point(prediction, draws) is None and DMLoss().point(prediction, draws) is None
+    assert CALoss().point(inputs_of(prediction, draws)) is None and DMLoss().point(inputs_of(prediction, draws)) is None
 
 
 def test_the_point_of_cdm_is_extrapolated_and_carries_no_gradient(prediction, draws):
-    x, sigma = CDMLoss().point(prediction, draws)
+    x, sigma = CDMLoss().point(inputs_of(prediction, draws))
     assert sigma.tolist() == POINT_SIGMA
     expected = prediction.x + (column(POINT_SIGMA) - column(SIGMA)) * prediction.velocity.detach()
     assert torch.allclose(x, expected, rtol=0, atol=1e-15)
@@ -78,9 +90,9 @@ def test_the_point_of_cdm_is_extrapolated_and_carries_no_gradient(prediction, dr
 
 def test_points_that_the_ablations_put_in_place_of_the_extrapolated(prediction, draws):
     anchor = prediction.detach()
-    assert CDMLoss(points='on-trajectory').point(anchor, draws) is None
+    assert CDMLoss(points='on-trajectory').point(inputs_of(anchor, draws)) is None
     noise = latents(3)
-    x, sigma = CDMLoss(points='noised').point(anchor, dict(draws, point_noise=noise))
+    x, sigma = CDMLoss(points='noised').point(inputs_of(anchor, dict(draws, point_noise=noise)))
     expected = (1 - column(POINT_SIGMA)) * anchor.x0 + column(POINT_SIGMA) * noise
     assert sigma.tolist() == POINT_SIGMA and torch.allclose(x, expected, rtol=0, atol=1e-15)
 
@@ -100,7 +112,7 @@ def test_draws_of_the_points(points, names):
 
 
 def test_unknown_points_are_refused():
-    with pytest.raises(ValueError, match="model.losses.cdm.points must be one of .*, but is 'somewhere'"):
+    with pytest.raises(ValueError, match="CDMLoss.points must be 'extrapolated' or .*, but is 'somewhere'"):
         CDMLoss(points='somewhere')
 
 
@@ -116,30 +128,31 @@ def close(a, b):
 
 @pytest.mark.parametrize('alpha', [0.0, 1.0, 7.0])
 def test_ca_loss(alpha, prediction, answers):
-    values, _ = CALoss(alpha=alpha)(prediction, answers)
-    assert close(values, regression(prediction.x0, alpha * (answers['cond'] - answers['null']), answers['cond']))
+    values, _ = value_of(CALoss(alpha=alpha), prediction, answers)
+    assert close(values, regression(prediction.x0, alpha * (answers['teacher'] - answers['null']), answers['teacher']))
 
 
 @pytest.mark.parametrize('type', [DMLoss, CDMLoss])
 def test_unguided_distribution_matching(type, prediction, answers):
-    values, _ = type(alpha=5.0)(prediction, answers)
+    values, _ = value_of(type(alpha=5.0), prediction, answers)
     assert close(values, regression(prediction.x0, answers['teacher'] - answers['fake'], answers['teacher']))
 
 
 @pytest.mark.parametrize('type', [DMLoss, CDMLoss])
 @pytest.mark.parametrize('alpha', [0.0, 1.0, 7.0])
 def test_guided_distribution_matching(type, alpha, prediction, answers):
-    """The guided real score is the reference of the normaliser too, as in DMD2."""
-    values, _ = type(guided=True, alpha=alpha)(prediction, answers)
+    """The guided real score is the reference of DMD2's normaliser; the CDM loss measures against D_teacher(z, c)."""
+    values, _ = value_of(type(guided=True, alpha=alpha), prediction, answers)
     real = (1 + alpha) * answers['teacher'] - alpha * answers['null']
-    assert torch.allclose(values, regression(prediction.x0, real - answers['fake'], real), rtol=1e-12)
+    assert torch.allclose(values, regression(
+        prediction.x0, real - answers['fake'], real if type is DMLoss else answers['teacher']), rtol=1e-12)
 
 
 @pytest.mark.parametrize('name', QUERIES)
 def test_gradient_reaches_the_student_only(name, prediction, answers):
     for answer in answers.values():
         answer.requires_grad_()
-    QUERIES[name][0](prediction, answers)[0].sum().backward()
+    value_of(QUERIES[name][0], prediction, answers)[0].sum().backward()
     assert prediction.velocity.grad.abs().min() > 0
     assert all(answer.grad is None for answer in answers.values())
 
@@ -148,28 +161,29 @@ def test_gradient_reaches_the_student_only(name, prediction, answers):
 def test_share_of_clamped_samples_is_logged(name, prediction, answers):
     """Sample 1 lies within 0.1 of its reference, samples 0 and 2 do not."""
     loss = QUERIES[name][0]
-    for key in ('teacher', 'cond', 'null'):
+    for key in ('teacher', 'null'):
         answers[key][1] = prediction.x0[1].detach() + 0.05
         answers[key][2] = prediction.x0[2].detach() + 0.15
-    values, logs = loss(prediction, answers)
-    assert logs.keys() == {'clamp'}
+    values, logs = value_of(loss, prediction, answers)
+    assert logs.keys() == {'clamp', 'left_out'} and logs['left_out'] == 0
     assert logs['clamp'].item() == pytest.approx(1 / 3) and not logs['clamp'].requires_grad
-    assert type(loss)(min_norm=0.2)(prediction, answers)[1]['clamp'].item() == pytest.approx(2 / 3)
+    assert value_of(type(loss)(min_norm=0.2), prediction, answers)[1]['clamp'].item() == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize('type', [DMLoss, CDMLoss])
-def test_share_of_clamped_samples_is_of_the_guided_reference(type, prediction, answers):
-    """The unguided answer lies 0.05 from x0, the guided one 0.05 + 2 * 0.05: above the clamp."""
+def test_share_of_clamped_samples_is_of_the_reference(type, prediction, answers):
+    """The unguided answer, the CDM loss's reference, lies 0.05 from x0, the guided one 0.05 + 2 * 0.05: above the
+    clamp."""
     answers['teacher'], answers['null'] = prediction.x0.detach() + 0.05, prediction.x0.detach()
-    assert type(guided=True, alpha=2.0)(prediction, answers)[1]['clamp'] == 0
-    assert type(guided=False, alpha=2.0)(prediction, answers)[1]['clamp'] == 1
+    assert value_of(type(guided=True, alpha=2.0), prediction, answers)[1]['clamp'] == (type is CDMLoss)
+    assert value_of(type(guided=False, alpha=2.0), prediction, answers)[1]['clamp'] == 1
 
 
 @pytest.mark.parametrize('type', [CALoss, DMLoss, CDMLoss])
 def test_min_norm_is_the_clamp(type, prediction, answers):
-    for key in ('teacher', 'cond', 'null'):
+    for key in ('teacher', 'null'):
         answers[key] = prediction.x0.detach() + 0.01 * answers[key]
-    a, b = (type(min_norm=m)(prediction, answers)[0] for m in (1.0, 0.5))
+    a, b = (value_of(type(min_norm=m), prediction, answers)[0] for m in (1.0, 0.5))
     assert close(b, 4 * a)
 
 
@@ -180,6 +194,17 @@ def test_defaults_are_the_published_recipe():
         assert (loss.guided, loss.min_norm, loss.weight) == (False, 0.1, 1.0)
         assert isinstance(loss.sigma, UniformSigma)
     assert isinstance(CDMLoss().point_sigma, UniformSigma)
+
+
+def test_every_level_of_the_published_recipe_is_clamped():
+    """To [0.02, 0.98], as the authors' sampler does; the share at either end is what U(0, 1) has beyond it."""
+    shape = (4000, 1, 1, 1)
+    anchors = torch.ones(4000, dtype=torch.float64)
+    drawn = CDMLoss().draw(DrawContext(stream(0, 'clamp'), anchors, lambda generator: torch.ones(1), shape))
+    for name in ('sigma', 'point_sigma'):
+        assert drawn[name].min() == 0.02 and drawn[name].max() == 0.98
+        for end in (0.02, 0.98):  # 80 of 4000, standard deviation 8.9
+            assert 50 < (drawn[name] == end).sum() < 110
 
 
 def context(seed=0):
@@ -210,9 +235,9 @@ def test_samplers_come_from_the_config():
 @pytest.mark.parametrize('type', ['CALoss', 'DMLoss', 'CDMLoss'])
 def test_weight_of_a_score_loss_is_the_methods_business(type, prediction, answers):
     """The module's value is unweighted, so that logs compare across weights."""
-    a, b = (MODELS.build(dict(type=type, weight=w))(prediction, answers)[0] for w in (0.0, 2.5))
+    a, b = (value_of(MODELS.build(dict(type=type, weight=w)), prediction, answers)[0] for w in (0.0, 2.5))
     assert torch.equal(a, b)
-    with pytest.raises(ValueError, match=f'weight of {type} must be 0 or more, but is -1'):
+    with pytest.raises(ValueError, match=f'{type}.weight must be a number of 0 or more, but is -1'):
         MODELS.build(dict(type=type, weight=-1))
 
 
@@ -221,12 +246,20 @@ def test_flow_matching_loss_and_its_weight():
     expected = (velocity - (noise - x0)).square().mean((1, 2, 3))
     assert close(FlowMatchingLoss()(velocity, x0, noise), expected)
     assert close(MODELS.build(dict(type='FlowMatchingLoss', weight=0.5))(velocity, x0, noise), 0.5 * expected)
-    with pytest.raises(ValueError, match='weight of FlowMatchingLoss must be above 0, but is 0'):
+    with pytest.raises(ValueError, match='FlowMatchingLoss.weight must be a number above 0, but is 0'):
         FlowMatchingLoss(weight=0)
 
 
 def test_a_term_of_a_plug_in_needs_forward_only(prediction):
     loss = ScoreLoss(weight=0.5)
-    assert loss.draw(context()) == {} and loss.queries(prediction, {}) == {} and loss.point(prediction, {}) is None
+    assert loss.draw(context()) == {} and loss.queries(inputs_of(prediction)) == {}
+    assert loss.point(inputs_of(prediction, {})) is None
     with pytest.raises(NotImplementedError):
-        loss(prediction, {})
+        loss(inputs_of(prediction))
+
+
+def test_a_loss_with_other_arguments_is_refused_where_it_is_written():
+    with pytest.raises(TypeError, match=r'Old.forward\(self, prediction, answers\) must take \(self, inputs\)'):
+        class Old(ScoreLoss):
+            def forward(self, prediction, answers):
+                pass

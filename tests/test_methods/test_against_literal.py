@@ -2,7 +2,6 @@
 import pytest
 import torch
 from literal import fake_loss, merge, student_losses
-
 from tests_support import recording_optimizers, tiny_method
 
 RECIPES = dict(

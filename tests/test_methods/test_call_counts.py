@@ -3,7 +3,6 @@ from collections import Counter
 
 import pytest
 import torch
-
 from tests_support import recording_optimizers, tiny_method
 
 BATCH = 5

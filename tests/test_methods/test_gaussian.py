@@ -10,13 +10,13 @@ import pytest
 import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
+from tests_support import recording_optimizers
 from torch import nn
 
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.codecs import Codec
 from cdm_plugin.engine.optim_wrapper import RoleOptimWrapperDict
 from cdm_plugin.rollout import rollout
-from tests_support import recording_optimizers
 
 MEAN = torch.tensor([1.0, -0.5], dtype=torch.float64)
 ROOT = torch.tensor([[0.8, 0.0], [0.5, 0.4]], dtype=torch.float64)

@@ -4,8 +4,11 @@ import json
 import pytest
 import torch
 from mmengine.registry import MODELS
+from recipes import CDM, TEACHER
 from tests_support import TINY_SD3, recording_optimizers, tiny_backbone, tiny_method
 
+from cdm_plugin.commands.doctor.diagnosis import diagnose
+from cdm_plugin.config import load_config
 from cdm_plugin.export import export
 from cdm_plugin.inference import load_method
 
@@ -24,13 +27,38 @@ def test_what_only_a_sibling_has_is_left_aside(type):
     assert method.time_grid.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
+SWAPS = {'FlowMatching': dict(alpha=3.0, losses=dict(ca=dict(weight=2.0)), time_grid=dict(max_steps=4), fake_steps=2,
+                              anchor_aware_fake=True, teacher=dict(init='base')),
+         'CDM': dict(sigma=dict(type='UniformSigma'), drop_rate=0.2, loss=dict(type='FlowMatchingLoss'))}
+
+
+@pytest.mark.parametrize('type', SWAPS)
+def test_a_teachers_training_and_a_distillation_are_swapped_by_one_line(type, monkeypatch):
+    said = []
+    monkeypatch.setattr('cdm_plugin.methods.overrides.print_log', lambda text, *args, **kwargs: said.append(text))
+    method = tiny_method(type, **SWAPS[type])
+    assert said == [f'model.{key} does not apply to {type}: left aside' for key in SWAPS[type]]
+    assert method.state_dict().keys() == tiny_method(type).state_dict().keys()
+    with pytest.raises(ValueError, match="model.alpa is unknown: no method takes it; did you mean 'alpha'"):
+        tiny_method(type, alpa=3.0)
+
+
+@pytest.mark.parametrize('recipe, other', [(CDM, 'FlowMatching'), (TEACHER, 'DMD2')])
+def test_a_recipes_check_and_its_doctor_allow_the_swap(recipe, other):
+    cfg = load_config(recipe, {'model.type': other})
+    report = diagnose(cfg)
+    assert report.recipe['method'] == other
+    # A student and a fake score need an optimizer each.
+    assert [text.split()[0] for text in report.problems] == ([] if recipe == CDM else ['optim_wrapper.fake'])
+
+
 def test_a_fixed_grid_takes_the_inference_levels_by_default():
     method = tiny_method('CDM', time_grid=dict(type='FixedTimeGrid'), sample_sigmas=[1.0, 0.5])
     assert method.time_grid.sigmas.tolist() == [1.0, 0.5]
 
 
 @pytest.mark.parametrize('override, match', [
-    (dict(losses=dict(ca=3)), 'must be dicts'),
+    (dict(losses=dict(ca=3)), 'must be a dict'),
     (dict(losses=dict(ca=dict(sigma=dict(low=0.1)))), 'needs a type'),
     (dict(losses=dict(ca=dict(min_norm=0))), 'min_norm'),
     (dict(losses=dict(ca=None, dm=None, cdm=None)), 'every loss'), (dict(fake_steps=0), 'fake_steps'),
@@ -68,7 +96,7 @@ def test_a_network_from_a_config_file_gets_the_defaults_that_the_file_leaves_out
 def test_an_exported_student_keeps_the_image_size_that_it_was_trained_for(tmp_path):
     method = tiny_method('CDM', dtype=torch.float32, image_size=(4, 8))
     exported = load_method(str(export(method, tmp_path)), device='cpu')
-    assert exported.latent_size == method.latent_size == (2, 4)
+    assert exported.latent_sizes[0] == method.latent_sizes[0] == (2, 4)
 
 
 def test_the_loss_of_the_fake_step_comes_from_the_config(labels):

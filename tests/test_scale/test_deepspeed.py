@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +11,15 @@ import torch
 pytest.importorskip('deepspeed')
 
 from deepspeed_support import CYCLES, STRATEGIES, build, checkpoint, config, logged, train  # noqa: E402
-from scale_support import Workers, free_port, launch  # noqa: E402
+from scale_support import Workers, free_port, launch, selected, slow  # noqa: E402
+from signal_support import SignalAtHook  # noqa: E402
 from tests_support import same_bits  # noqa: E402
 
 from cdm_plugin.engine import DistillationDeepSpeedStrategy  # noqa: E402
+from cdm_plugin.errors import Stopped  # noqa: E402
 from cdm_plugin.export import export  # noqa: E402
 from cdm_plugin.inference import load_method, sample_prompts  # noqa: E402
-from cdm_plugin.networks import merge_weights  # noqa: E402
+from cdm_plugin.roles.weights import merge_weights  # noqa: E402
 
 ONE_ROLLOUT = dict(fake_steps=2, student_every=1)
 
@@ -29,18 +30,19 @@ def train_all(root, names):
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """The folder of all runs, and their losses by rank and name."""
     root = tmp_path_factory.mktemp('runs')
     single = build(config(root / 'single'))
     single.train()
     # Sums over unaligned memory differ in the last bit, so what is compared to the bit comes first in its process.
     first = launch(train_all, str(root), ['stage2'])
-    rest = launch(train_all, str(root), ['stage3', 'stage1', 'offload2', 'offload3'])
+    others = [name for name in selected(request, 'name') if name in STRATEGIES and name not in ('stage2', 'stage3')]
+    rest = launch(train_all, str(root), ['stage3', *others])
     return root, logged(single), [{**a, **b} for a, b in zip(first, rest)]
 
 
-@pytest.mark.parametrize('name', STRATEGIES)
+@pytest.mark.parametrize('name', ['stage2', 'stage3', *slow('stage1', 'offload2', 'offload3')])
 def test_same_training_as_in_one_process(runs, name):
     """Weights of both roles (fake merge included), EMA and losses after 10 cycles, clipped, with schedules."""
     root, losses, logs = runs
@@ -71,6 +73,40 @@ def test_resumed_run_ends_in_the_same_bits(runs):
     root = runs[0]
     launch(train, str(root / 'resumed'), STRATEGIES['stage2'], resume=str(root / 'stage2/iter_8.pth'))
     same_pieces(root / 'stage2/iter_20.pth', root / 'resumed/iter_20.pth')
+
+
+def stop_after_five(root):
+    """A run whose second rank gets a signal in its fifth iteration; the status that every rank would exit with."""
+    def build_stopping(*args):
+        runner = build(*args)
+        runner.register_hook(SignalAtHook('after_train_iter', count=5, rank=1))
+        return runner
+
+    with pytest.raises(Stopped) as error:
+        train(f'{root}/stopped', STRATEGIES['stage2'], build=build_stopping)
+    return error.value.code
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_same_bits_and_a_changed_learning_rate_holds(runs):
+    root = runs[0]
+    assert launch(stop_after_five, str(root)) == [143, 143]
+    assert (root / 'stopped/iter_5.pth').is_dir()
+    launch(train, str(root / 'stopped'), STRATEGIES['stage2'], resume=True)
+    same_pieces(root / 'stage2/iter_20.pth', root / 'stopped/iter_20.pth')
+    launch(train_at_another_rate, str(root))
+    groups = [torch.load(root / 'faster/iter_20.pth' / f'rank_{rank}.pth', weights_only=True)['optimizer']
+              for rank in range(2)]
+    for own in groups:  # the schedules are over: a warm-up of the student, a factor of the fake score
+        assert [own[role]['groups'][0]['lr'] for role in ('student', 'fake')] == [pytest.approx(2e-2), 1e-2]
+        assert own['student']['groups'][0]['weight_decay'] == 0.25
+
+
+def train_at_another_rate(root):
+    cfg = config(f'{root}/faster', 2, strategy=STRATEGIES['stage2'])
+    cfg.resume, cfg.load_from = True, f'{root}/stage2/iter_16.pth'
+    cfg.optim_wrapper.student.optimizer.update(lr=2e-2, weight_decay=0.25)
+    build(cfg, 2, int(os.environ['RANK'])).train()
 
 
 def test_method_loads_from_shards_in_one_process(runs, tmp_path):
@@ -139,30 +175,34 @@ def check_pieces(method):
     check(method.student, student)
 
 
-def train_variants(root):
+def train_variants(root, names):
     """bfloat16, LoRA with accumulated gradients, and fake-score steps on one rollout, a few iterations each."""
     for stage in ('stage1', 'stage3'):
-        cfg = config(f'{root}/bf16_{stage}', 2, 8, dict(STRATEGIES[stage], bf16=dict(enabled=True)))
-        runner = build(cfg, 2, int(os.environ['RANK']))
-        runner.train()
-        check_pieces(runner.model)
-    train(f'{root}/lora', STRATEGIES['stage2'], iters=8, accumulate=2, lora=dict(rank=2))
-    train(f'{root}/one_rollout', STRATEGIES['stage3'], iters=8, **ONE_ROLLOUT)
+        if f'bf16_{stage}' in names:
+            cfg = config(f'{root}/bf16_{stage}', 2, 8, dict(STRATEGIES[stage], bf16=dict(enabled=True)))
+            runner = build(cfg, 2, int(os.environ['RANK']))
+            runner.train()
+            check_pieces(runner.model)
+    if 'lora' in names:
+        train(f'{root}/lora', STRATEGIES['stage2'], iters=8, accumulate=2, lora=dict(rank=2))
+    if 'one_rollout' in names:
+        train(f'{root}/one_rollout', STRATEGIES['stage3'], iters=8, **ONE_ROLLOUT)
     # Ranks that have nothing in common but the networks: other data, their own draws, and the grid of samples.
     train(f'{root}/apart', STRATEGIES['stage3'], iters=8, build=build_apart)
 
 
 @pytest.fixture(scope='module')
-def variants(tmp_path_factory):
+def variants(request, tmp_path_factory):
     """The folder of the runs of `train_variants`."""
     root = tmp_path_factory.mktemp('variants')
-    launch(train_variants, str(root))
+    launch(train_variants, str(root), selected(request, 'name'))
     return root
 
 
 @pytest.mark.parametrize('name, options, tolerance', [
-    ('bf16_stage1', {}, 0.05), ('bf16_stage3', {}, 0.05), ('lora', dict(accumulate=2, lora=dict(rank=2)), 1e-5),
-    ('one_rollout', ONE_ROLLOUT, 1e-5)])
+    ('bf16_stage3', {}, 0.05), ('lora', dict(accumulate=2, lora=dict(rank=2)), 1e-5),
+    pytest.param('bf16_stage1', {}, 0.05, marks=pytest.mark.slow),
+    pytest.param('one_rollout', ONE_ROLLOUT, 1e-5, marks=pytest.mark.slow)])
 def test_variants_train_as_in_one_process(variants, tmp_path, name, options, tolerance):
     build(config(tmp_path, iters=8, **options)).train()
     expected, state = checkpoint(tmp_path / 'iter_8.pth'), checkpoint(variants / name / 'iter_8.pth')
@@ -176,6 +216,7 @@ def test_ranks_with_other_data_and_draws_do_not_hang(variants):
     assert (variants / 'apart/iter_8.pth/rank_1.pth').is_file()
 
 
+@pytest.mark.slow
 def test_killed_rank_ends_the_job_and_the_last_checkpoint_resumes(runs, tmp_path):
     root = runs[0]
     with Workers(train, str(tmp_path), STRATEGIES['stage3']) as workers:
@@ -226,6 +267,7 @@ def test_damaged_shards_are_refused_by_name(runs, break_it, part, tmp_path):
         checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_deepspeed_launches_cdm_train(tmp_path):
     """The command of the README, on two processes of this machine."""
     cfg = config(tmp_path / 'run', 2, iters=2, strategy=STRATEGIES['stage2'])
@@ -242,8 +284,8 @@ def test_deepspeed_launches_cdm_train(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('name', STRATEGIES)
-def test_one_gpu_trains_every_stage_in_bfloat16(name, tmp_path):
-    launch(train, str(tmp_path), dict(STRATEGIES[name], bf16=dict(enabled=True)), iters=8, world_size=1)
+@pytest.mark.parametrize('stage', STRATEGIES)
+def test_one_gpu_trains_every_stage_in_bfloat16(stage, tmp_path):
+    launch(train, str(tmp_path), dict(STRATEGIES[stage], bf16=dict(enabled=True)), iters=8, world_size=1)
     state = checkpoint(tmp_path / 'iter_8.pth')['state_dict']
     assert state and all(weight.isfinite().all() for weight in state.values())

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip('deepspeed')
 
 from deepspeed_support import STRATEGIES, build_pretrained, checkpoint, config, logged, train  # noqa: E402
-from scale_support import launch  # noqa: E402
+from scale_support import launch, selected, slow  # noqa: E402
 from tiny_pipelines import save_tiny_longcat, save_tiny_sd3  # noqa: E402
 
 ITERATIONS = 6
@@ -34,7 +34,7 @@ def options(root, case):
                 dataset=dict(type='PromptDataset', ann_file=f'{root}/prompts.txt'))
 
 
-def train_cases(root, cases=tuple(CASES)):
+def train_cases(root, cases):
     """Cases on this rank. All runs start from the weights of the single process: new parts (adapters, the anchor's
     embedding) are drawn, and the order of draws is no promise."""
     return {case: train(f'{root}/{case}', STRATEGIES[CASES[case][1]], build=build_pretrained,
@@ -61,13 +61,14 @@ def train_single(root, case):
 
 
 @pytest.fixture(scope='module')
-def runs(pipelines):
+def runs(request, pipelines):
     """Losses of a single process and of every rank, by case."""
-    single = {case: train_single(pipelines, case) for case in CASES}
-    return single, launch(train_cases, str(pipelines))
+    cases = selected(request, 'case')
+    single = {case: train_single(pipelines, case) for case in cases}
+    return single, launch(train_cases, str(pipelines), cases)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', ['sd3', 'longcat_lora', *slow('sd3_lora', 'longcat', 'longcat_stage2', 'digits')])
 def test_same_training_as_in_one_process(runs, pipelines, case):
     single, ranks = runs
     a, b = (checkpoint(pipelines / folder / f'iter_{ITERATIONS}.pth') for folder in (f'{case}_single', case))

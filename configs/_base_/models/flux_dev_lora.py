@@ -1,8 +1,9 @@
 # FLUX.1-dev at 1024x1024 pixels, student and fake score as LoRA adapters of one frozen base, which is also the teacher.
 # `config` is what the pretrained network must have: checked when it is loaded, and `cdm doctor` counts by it.
 #
-# The network is guidance-distilled: its velocity already carries the guidance that it is told (3.5), so that CA adds
-# little to it. alpha = 1 is a true guidance scale of 2.
+# The network is guidance-distilled: its velocity has the guidance that it is told (3.5) with any prompt, the empty one
+# too. So the difference of the two, which alpha scales, is no guidance: alpha = 0, the student learns the teacher's
+# own. CA has nothing to add then, and is left out with its two calls of the teacher.
 model = dict(
     backbone=dict(
         type='FluxBackbone',
@@ -14,6 +15,7 @@ model = dict(
         conditioner=dict(dtype='bfloat16', offload=True)),
     lora=dict(rank=64, alpha=128),
     sample_sigmas=[1.0, 0.75, 0.5, 0.25],
-    alpha=1.0,
+    alpha=0.0,
+    losses=dict(ca=None),
     image_size=1024,
     activation_checkpointing=True)

@@ -1,0 +1,186 @@
+"""Pairs of noise and the teacher's sample of it, which `cdm pairs` writes.
+
+A folder holds shards, files like those of text embeddings with the fields `noise` and `latents`, each (N, C, h, w), and
+`pairs.json`, which says what made them and what each shard holds.
+"""
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.registry import DATASETS, DefaultScope
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from cdm_plugin.assets import resolve
+from cdm_plugin.data.embeddings.files import (
+    EmbeddingReader,
+    check_shards,
+    describe_shard,
+    read_indexed_header,
+    write_embeddings,
+)
+from cdm_plugin.data.sample import Sample, SampleError
+from cdm_plugin.files import whole_file
+from cdm_plugin.registry import is_type
+from cdm_plugin.sampling import step_sigmas
+from cdm_plugin.secrets import without_secrets
+
+INDEX = 'pairs.json'
+VERSION = 1
+
+
+def read_index(folder: str | Path) -> dict[str, Any] | None:
+    """What `pairs.json` says; None without one.
+
+    Raises:
+        ValueError: If it is damaged, of another version, or names a shard outside of the folder.
+    """
+    path = Path(folder, INDEX)
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding='utf-8'))
+        found = index['version'], index['count'], index['shards']
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{path} is damaged: delete the folder and run `cdm pairs` again') from None
+    if found[0] != VERSION:
+        raise ValueError(f'{path} has version {found[0]!r}, but this cdm_plugin reads version {VERSION}: update '
+                         'cdm_plugin, or make the folder again')
+    check_shards(path, found[2])
+    return index
+
+
+def write_index(folder: str | Path, index: Mapping[str, Any]) -> None:
+    """Writes it whole or not at all."""
+    with whole_file(Path(folder, INDEX)) as part:
+        part.write_text(json.dumps(index, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+@DATASETS.register_module()
+class PairDataset(Dataset):
+    """The samples of a dataset, each with its pair: `pair_noise` and `pair_latents`, (C, h, w).
+
+    Pair i is of sample i; if there are more pairs than samples, these begin again. Whatever the samples hold stays
+    (prompts, embeddings, pictures).
+
+    Args:
+        dataset (dict): The dataset for which `cdm pairs` made them.
+        data_root (str): Their folder.
+
+    Raises:
+        FileNotFoundError: If the folder has no pairs.
+        ValueError: If the folder is unfinished or damaged.
+    """
+
+    def __init__(self, dataset: dict[str, Any] | Dataset, data_root: str) -> None:
+        self.dataset = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
+        root = Path(resolve(data_root))
+        index = read_index(root)
+        if index is None:
+            raise FileNotFoundError(f'`data_root` {root} has no {INDEX}: make pairs there with `cdm pairs`')
+        self.rows: list[tuple[str, int, str]] = []
+        for entry in index['shards']:
+            header = read_indexed_header(root, entry)
+            self.rows += [(str(root / entry['name']), row, prompt) for row, prompt in enumerate(header.prompts)]
+        if len(self.rows) != index['count']:
+            raise ValueError(f'`data_root` {root} is unfinished: it has {len(self.rows)} of {index["count"]} pairs; '
+                             'run `cdm pairs` again, it completes the folder')
+        self._reader = EmbeddingReader()
+
+    def full_init(self) -> None:
+        """MMEngine's name for loading the dataset."""
+        if hasattr(self.dataset, 'full_init'):
+            self.dataset.full_init()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, row, prompt = self.rows[index]
+        sample = Sample(self.dataset[index % len(self.dataset)])
+        if str(sample.get('prompt', '')) != prompt:
+            raise SampleError(f'pair {index} of {Path(path).parent} was made for {prompt[:80]!r}, but the dataset has '
+                              f'{str(sample.get("prompt", ""))[:80]!r} there: give the dataset that `cdm pairs` had')
+        pair = self._reader.read(path, row)
+        return Sample(sample, pair_noise=pair['noise'], pair_latents=pair['latents'])
+
+
+def dataset_of(cfg: Any, key: str) -> Any:
+    """The dataset at a key of a config; of a PairDataset, the one inside."""
+    found = cfg
+    for part in key.split('.'):
+        found = found.get(part) if hasattr(found, 'get') else None
+    if found is None:
+        raise ValueError(f'the config has no {key!r}: it names the dataset whose prompts the teacher draws')
+    found = found['dataset'] if is_type(found, PairDataset, DATASETS) else found
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        dataset = DATASETS.build(found)
+    if hasattr(dataset, 'full_init'):
+        dataset.full_init()
+    if not hasattr(dataset, '__len__') or not len(dataset):
+        raise ValueError(f'{key} must have a length of 1 or more, so that pair i is of sample i')
+    return dataset
+
+
+def make_pairs(method: Any, dataset: Any, out: str, index: dict[str, Any], batch_size: int) -> int:
+    """Writes the shards of pairs that a folder lacks.
+
+    Args:
+        method (Distillation): With its teacher.
+        dataset (Dataset): Pair i is of sample i modulo its length.
+        out (str): The folder.
+        index (dict): What makes the pairs: `count`, `shard_size`, `seed`, `steps`, `guidance_scale`, ...
+        batch_size (int): Samples of one batch.
+
+    Returns:
+        int: How many shards were there.
+
+    Raises:
+        ValueError: If the folder holds other pairs.
+    """
+    index = without_secrets(dict(version=VERSION, **index))  # another token makes the same pairs
+    folder, index = Path(out), json.loads(json.dumps(index, default=str))
+    old = read_index(folder) or dict(index, shards=[])
+    differences = [f'{key}: {old.get(key)!r} there, {value!r} here' for key, value in index.items()
+                   if old.get(key) != value]
+    if differences:
+        raise ValueError(f'--out {out} holds other pairs ({"; ".join(differences)}): choose another folder or delete '
+                         'it')
+    starts = range(0, index['count'], index['shard_size'])
+    names = [f'{i:0{max(5, len(str(len(starts))))}d}.safetensors' for i in range(len(starts))]
+    done = {}
+    for entry in old['shards']:
+        try:
+            read_indexed_header(folder, entry)
+            done[entry['name']] = entry
+        except ValueError:  # missing or cut: it is made again
+            pass
+    reused = len(done)
+    with tqdm(total=index['count'], desc='drawing', unit='pair') as bar:
+        for name, start in zip(names, starts):
+            stop = min(start + index['shard_size'], index['count'])
+            if name not in done:
+                prompts = write_shard(folder / name, method, dataset, range(start, stop), index, batch_size)
+                done[name] = describe_shard(folder / name, prompts)
+                write_index(folder, dict(index, shards=[done[name] for name in sorted(done)]))
+            bar.update(stop - start)
+    return reused
+
+
+def write_shard(path: Path, method: Any, dataset: Any, numbers: range, index: dict[str, Any],
+                batch_size: int) -> list[str]:
+    """Draws the pairs of these numbers into a file; their prompts."""
+    noises, latents, prompts = [], [], []
+    for start in range(numbers.start, numbers.stop, batch_size):
+        part = range(start, min(start + batch_size, numbers.stop))
+        samples = [dataset[i % len(dataset)] for i in part]
+        noise = method.noise(index['seed'], part)
+        condition = method.backbone.condition(method.data_preprocessor(samples, False))
+        latents.append(method.sample_latents(condition, noise, sigmas=step_sigmas(index['steps']), role='teacher',
+                                             guidance_scale=index['guidance_scale']).float().cpu())
+        noises.append(noise)
+        prompts += [str(sample.get('prompt', '')) for sample in samples]
+    write_embeddings(str(path), dict(noise=torch.cat(noises), latents=torch.cat(latents)), prompts)
+    return prompts

@@ -1,0 +1,94 @@
+"""How a config changes a method's parts: single arguments of a default, another type in its place, or None for none.
+
+What a sibling of the family has and a method lacks is left aside with a line in the log, so that changing `model.type`
+alone swaps methods.
+"""
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from mmengine.logging import print_log
+from mmengine.registry import MODELS, TASK_UTILS, Registry
+
+from cdm_plugin.config import check_part
+from cdm_plugin.errors import did_you_mean
+from cdm_plugin.registry import class_of
+from cdm_plugin.time_grids import DynamicTimeGrid, FixedTimeGrid
+
+T = TypeVar('T', bound=type)
+# The terms that some method of the family has, or some recipe.
+FAMILY_TERMS = ('ca', 'dm', 'cdm', 'gan')
+
+
+def subclasses(cls: T) -> set[T]:
+    """A class and all that inherit from it."""
+    return {cls}.union(*(subclasses(child) for child in cls.__subclasses__()))
+
+
+def arguments_of(family: type) -> set[str]:
+    """What the constructors of a class, and of all that inherit from it, take by name."""
+    signatures = (inspect.signature(vars(cls)['__init__']) for cls in subclasses(family) if '__init__' in vars(cls))
+    return {p.name for signature in signatures for p in signature.parameters.values()
+            if p.kind is not p.VAR_KEYWORD and p.name != 'self'}
+
+
+def leave_aside(method: type, siblings: Mapping[str, Any], family: type) -> None:
+    """Arguments of a method that only another one of the family takes: a line in the log for each.
+
+    Raises:
+        ValueError: If none of them does.
+    """
+    for key in siblings:
+        known = arguments_of(family)
+        if key not in known:
+            raise ValueError(f'model.{key} is unknown: no method takes it{did_you_mean(key, sorted(known))}')
+        print_log(f'model.{key} does not apply to {method.__name__}: left aside', 'current')
+
+
+def override_part(default: Mapping[str, Any], override: Any, registry: Registry, path: str) -> dict[str, Any]:
+    """A part's config: replaced if the override names another class, changed in single arguments otherwise."""
+    if not isinstance(override, dict):
+        raise ValueError(f'{path} must be a dict such as {dict(default)}, but is {override!r}')
+    replaces = 'type' in override and class_of(override, registry) is not (
+        class_of(default, registry) if default else None)
+    part = dict(override) if replaces else {**default, **override}
+    check_part(part, path)
+    return part
+
+
+def override_time_grid(default: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """The time grid's config."""
+    if 'type' not in override:
+        known = set(inspect.signature(class_of(default, TASK_UTILS)).parameters)
+        siblings = {k for grid in (FixedTimeGrid, DynamicTimeGrid) for k in inspect.signature(grid).parameters}
+        for key in sorted(override.keys() & siblings - known):
+            print_log(f'model.time_grid.{key} does not apply to {default["type"]}: left aside', 'current')
+        override = {k: v for k, v in override.items() if k in known or k not in siblings}
+    return override_part(default, override, TASK_UTILS, 'model.time_grid')
+
+
+def override_losses(method: str, defaults: dict[str, dict[str, Any]], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The losses' configs by name.
+
+    Args:
+        method (str): The method's name, for messages.
+        defaults (dict): The method's losses by name.
+        overrides (dict): `model.losses`.
+
+    Raises:
+        ValueError: For a name that nothing has, or if nothing is left.
+    """
+    configs = dict(defaults)
+    for name, override in overrides.items():
+        if name not in configs and not (isinstance(override, dict) and 'type' in override):
+            if name not in FAMILY_TERMS:
+                raise ValueError(f'model.losses.{name} is unknown: {method} has {sorted(configs)}; give a type to add '
+                                 'a loss')
+            print_log(f'model.losses.{name} does not apply to {method}: left aside', 'current')
+        elif override is None:
+            del configs[name]
+        else:
+            configs[name] = override_part(configs.get(name, {}), override, MODELS, f'model.losses.{name}')
+    if not configs:
+        raise ValueError('model.losses removes every loss: at least one must stay')
+    return configs

@@ -1,0 +1,7 @@
+# FLUX.2-klein-base-4B with student and fake score as LoRA adapters of one frozen base, which is also the teacher.
+_base_ = './flux2_klein_4b.py'
+
+model = dict(
+    backbone=dict(dtype='bfloat16', conditioner=dict(offload=True)),
+    lora=dict(rank=64, alpha=128),
+    teacher_dtype=None)  # the base's

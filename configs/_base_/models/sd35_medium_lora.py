@@ -1,0 +1,7 @@
+# SD3.5-Medium with student and fake score as LoRA adapters of one frozen base, which is also the teacher.
+_base_ = './sd35_medium.py'
+
+model = dict(
+    backbone=dict(dtype='bfloat16', conditioner=dict(offload=True)),
+    lora=dict(rank=64, alpha=128),
+    teacher_dtype=None)  # the base's

@@ -1,0 +1,10 @@
+# CDM on FLUX.2-dev by LoRA on one GPU: 1 prompt an iteration, 4 an update. No published recipe, and not run.
+#
+# About 116 GiB (estimated by `cdm doctor`, not run), so a GPU of 141 GB. Cached text embeddings need about 82.
+_base_ = [
+    '../_base_/large_runtime.py', '../_base_/models/flux2_dev_lora.py', '../_base_/datasets/prompts.py',
+    '../_base_/schedules/lora_4k.py'
+]
+
+model = dict(type='CDM')
+train_dataloader = dict(batch_size=1)

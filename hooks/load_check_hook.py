@@ -1,0 +1,92 @@
+import logging
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
+
+from cdm_plugin.engine.loading import as_checkpoint, check_start, check_whole, named_as
+from cdm_plugin.engine.settings import settle
+from cdm_plugin.hooks.method import method_of
+from cdm_plugin.methods.base import TRAINED_KEYS
+from cdm_plugin.secrets import without_secrets
+
+FROM_WEIGHTS = 'To start a new run from its weights, set load_from and leave resume out'
+# What MMEngine goes on from.
+PARTS = ('meta', 'message_hub', 'optimizer')
+
+
+@HOOKS.register_module()
+class LoadCheckHook(Hook):
+    """Compares a checkpoint with what is trained, before it is loaded: MMEngine takes what fits and trains the rest as
+    it is.
+
+    To resume, it must have just the weights, the optimizers and the progress of the run; where the config has other
+    settings of optimizers and schedules by now, these are taken. To start from (`load_from`), it must have weights of
+    every role.
+    """
+
+    def before_train(self, runner: Any) -> None:
+        """Says that nothing was there to resume: a requeued job may start with `resume=True`, and a mistyped work_dir
+        looks the same."""
+        if runner._resume and not runner._has_loaded:
+            print_log(f'resume=True, but {runner.work_dir} has no checkpoint: the training starts at iteration 0 (is '
+                      'that the right work_dir?)', 'current', level=logging.WARNING)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: Any) -> None:
+        """Compares, and brings foreign weights into the form that MMEngine loads.
+
+        Raises:
+            ValueError: If the checkpoint does not fit.
+        """
+        source = runner._load_from or f'in {runner.work_dir}'
+        if runner._resume and isinstance(checkpoint, dict) and 'config' in checkpoint:
+            check_resumed(checkpoint['config'].get('model', {}), runner.cfg.model)
+        method = method_of(runner)
+        sharded = any(hasattr(getattr(method, role), 'weight_shards') for role in method.trained_roles)
+        if not sharded:  # DistillationDeepSpeedStrategy compares what it loads itself
+            content = as_checkpoint(checkpoint, source)
+            own = {name: tuple(weight.shape) for name, weight in method.state_dict().items()}
+            content['state_dict'] = weights = named_as(content['state_dict'], own, method.main_role)
+            training = isinstance(runner._train_loop, BaseLoop)  # it is still a config in a validation
+            if runner._resume and training:
+                self._check_resumed(runner, content, source)
+                check_whole(weights, own, source, FROM_WEIGHTS)
+                self._settle(runner, content)
+            else:
+                check_start(weights, own, method.trains if training else (method.main_role,), source)
+            checkpoint.clear()
+            checkpoint.update(content)
+
+    @staticmethod
+    def _check_resumed(runner: Any, checkpoint: dict[str, Any], source: str) -> None:
+        roles = [f'optimizer of {role}' for role in runner.optim_wrapper.keys()
+                 if role not in checkpoint.get('optimizer', {})]
+        missing = [part for part in PARTS if part not in checkpoint] or roles
+        if missing:
+            raise ValueError(f'the checkpoint {source} cannot be resumed, because it has no {", ".join(missing)} (was '
+                             'it saved with save_optimizer=False, or as the best one?): resume from another one. '
+                             f'{FROM_WEIGHTS}')
+
+    @staticmethod
+    def _settle(runner: Any, checkpoint: dict[str, Any]) -> None:
+        meta = checkpoint['meta']
+        if isinstance(runner.optim_wrapper, OptimWrapperDict):
+            checkpoint['param_schedulers'] = settle(
+                dict(runner.optim_wrapper.items()), runner.param_schedulers or {}, checkpoint['optimizer'],
+                checkpoint.get('param_schedulers', {}), meta['iter'], meta['epoch'], len(runner.train_dataloader))
+
+
+def check_resumed(saved: dict[str, Any], model: dict[str, Any]) -> None:
+    """Compares the model's config with that of the checkpoint: adapters must be the same, the rest may change."""
+    for key in ('rank', 'alpha', 'target_modules'):
+        old, new = ((m.get('lora') or {}).get(key) for m in (saved, model))
+        if old != new:
+            raise ValueError(f'model.lora.{key}={new!r}, but the run that is resumed was trained with {old!r}')
+    saved, model = without_secrets(saved), without_secrets(model)
+    for key in TRAINED_KEYS:
+        if key != 'lora' and saved.get(key) != model.get(key):
+            print_log(f'model.{key} is {model.get(key)!r} from now on, as the config says (until now '
+                      f'{saved.get(key)!r})', 'current', level=logging.WARNING)
