@@ -1,4 +1,5 @@
 """Prompts, class labels, images and cached text embeddings; importing it registers all of them."""
+from cdm_plugin.data.bad_records import SkipBadRecords
 from cdm_plugin.data.buckets import BucketBatchSampler, ResizeCrop
 from cdm_plugin.data.data_preprocessor import DistillationDataPreprocessor
 from cdm_plugin.data.embeddings.cache import CacheReport, cache_embeddings
@@ -8,11 +9,12 @@ from cdm_plugin.data.embeddings.provenance import check_cache, check_encoder
 from cdm_plugin.data.image_label_dataset import ImageLabelDataset
 from cdm_plugin.data.images import check_pictures
 from cdm_plugin.data.label_dataset import LabelDataset
+from cdm_plugin.data.mix import MixSampler, WeightedMixDataset
 from cdm_plugin.data.pack_inputs import PackInputs, check_channel_order
 from cdm_plugin.data.pairs import PairDataset
 from cdm_plugin.data.prompt_dataset import PromptDataset
 
 __all__ = ['BucketBatchSampler', 'CacheReport', 'DistillationDataPreprocessor', 'EmbeddingDataset',
-           'ImageLabelDataset', 'LabelDataset', 'PackInputs', 'PairDataset', 'PromptDataset', 'ResizeCrop',
-           'cache_embeddings', 'check_cache', 'check_channel_order', 'check_encoder', 'check_pictures',
-           'write_embeddings']
+           'ImageLabelDataset', 'LabelDataset', 'MixSampler', 'PackInputs', 'PairDataset', 'PromptDataset',
+           'ResizeCrop', 'SkipBadRecords', 'WeightedMixDataset', 'cache_embeddings', 'check_cache',
+           'check_channel_order', 'check_encoder', 'check_pictures', 'write_embeddings']

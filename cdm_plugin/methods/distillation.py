@@ -269,7 +269,12 @@ class Distillation(DiffusionModel):
         if self.fake_judge is not None:
             return self._judged_fake_loss(self.fake_judge, iteration, step, z)
         velocity = self.velocity('fake', z, sigma, iteration.condition, anchor.sigma)
-        return self.fake_loss(velocity, anchor.x0, noise).mean()
+        return self._fake_loss_of(iteration, velocity, anchor.x0, noise)
+
+    def _fake_loss_of(self, iteration: Iteration, velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+        per_sample = self.fake_loss(velocity, x0, noise)
+        iteration.per_sample.setdefault('fake', []).append(per_sample.detach())
+        return per_sample.mean()
 
     def _judged_fake_loss(self, judge: ScoreLoss, iteration: Iteration, step: int, z: Tensor) -> Tensor:
         """The same, and what the role adds that judges the fake score's features; its own turn sees them again."""
@@ -282,7 +287,7 @@ class Distillation(DiffusionModel):
         velocity, seen = self.features('fake', torch.cat(points), own['sigma'].repeat(count), condition,
                                        anchor.sigma.repeat(count), judge.blocks)
         iteration.seen[judge.role, step] = [features.detach() for features in seen]
-        loss = self.fake_loss(velocity[:len(z)], anchor.x0, own['noise']).mean()
+        loss = self._fake_loss_of(iteration, velocity[:len(z)], anchor.x0, own['noise'])
         if judge.fake_weight:
             loss = loss + judge.fake_weight * judge.role_loss(replace(inputs, seen=seen))
         return loss
@@ -294,15 +299,17 @@ class Distillation(DiffusionModel):
     def student_loss(self, iteration: Iteration, step: int = 0) -> Tensor:
         """What the student minimises: the weighted sum of the losses."""
         inputs = self._answered(self._at_points(iteration))
-        values, logs = {}, iteration.logs
+        values, weighted, logs = {}, [], iteration.logs
         for name, loss in self.due_losses.items():
             per_sample, scalars = loss(inputs[name])
             values[name] = per_sample.mean()
+            weighted.append(loss.weight * per_sample.detach())
             logs[f'loss_{name}'] = values[name].detach()
             iteration.terms[f'loss_{name}'] = values[name].detach().isfinite() & (scalars.pop('left_out', 0) == 0)
             logs.update({f'{key}_{name}': value.detach() for key, value in scalars.items()})
         if 'ca' in values and 'dm' in values and inputs['ca'].prediction is inputs['dm'].prediction:
             logs['cosine_ca_dm'] = gradient_cosine(values['ca'], values['dm'], iteration.anchor.x0)
+        iteration.per_sample['student'] = [sum(weighted)]
         return sum(self.losses[name].weight * value for name, value in values.items())
 
     def role_loss(self, loss: ScoreLoss, iteration: Iteration, step: int = 0) -> Tensor:
