@@ -9,12 +9,15 @@ from cdm_plugin.data.embeddings.provenance import check_cache, check_encoder
 from cdm_plugin.data.image_label_dataset import ImageLabelDataset
 from cdm_plugin.data.images import check_pictures
 from cdm_plugin.data.label_dataset import LabelDataset
+from cdm_plugin.data.latents.cache import LatentReport, cache_latents
+from cdm_plugin.data.latents.dataset import LatentDataset, check_latents
 from cdm_plugin.data.mix import MixSampler, WeightedMixDataset
 from cdm_plugin.data.pack_inputs import PackInputs, check_channel_order
 from cdm_plugin.data.pairs import PairDataset
 from cdm_plugin.data.prompt_dataset import PromptDataset
 
 __all__ = ['BucketBatchSampler', 'CacheReport', 'DistillationDataPreprocessor', 'EmbeddingDataset',
-           'ImageLabelDataset', 'LabelDataset', 'MixSampler', 'PackInputs', 'PairDataset', 'PromptDataset',
-           'ResizeCrop', 'SkipBadRecords', 'WeightedMixDataset', 'cache_embeddings', 'check_cache',
-           'check_channel_order', 'check_encoder', 'check_pictures', 'write_embeddings']
+           'ImageLabelDataset', 'LabelDataset', 'LatentDataset', 'LatentReport', 'MixSampler', 'PackInputs',
+           'PairDataset', 'PromptDataset', 'ResizeCrop', 'SkipBadRecords', 'WeightedMixDataset', 'cache_embeddings',
+           'cache_latents', 'check_cache', 'check_channel_order', 'check_encoder', 'check_latents', 'check_pictures',
+           'write_embeddings']

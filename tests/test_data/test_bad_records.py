@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, HOOKS, TRANSFORMS
 from mmengine.runner import Runner
+from picture_support import NOISE
 from PIL import Image
 from scale_support import init_gloo, launch
 from tests_support import tiny_backbone
@@ -107,13 +108,6 @@ def test_more_than_the_limit_is_an_error_that_lists_the_first(logged):
         everything[3]
 
 
-def test_a_worker_s_error_is_one_line_too(logged):
-    dataset = SkipBadRecords(dict(type='BadTestRows', bad=range(0, 20, 2)), limit=1)
-    with pytest.raises(SampleError, match='^2 bad records are more than') as info:
-        list(DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=lambda samples: samples))
-    assert '\n' not in str(info.value)
-
-
 # Named by file and line
 
 
@@ -172,8 +166,9 @@ def test_what_is_no_record_stays_an_error(tmp_path):
 def test_in_buckets_a_picture_of_the_same_size_stands_in(tmp_path, logged):
     sizes = [8, (16, 8)]
     inner = pictures(tmp_path, 16, broken=[2], sizes=((8, 8), (8, 8), (16, 8)))
+    Image.fromarray(NOISE).save(tmp_path / '4.png', 'JPEG')
     data = (tmp_path / '4.png').read_bytes()
-    (tmp_path / '4.png').write_bytes(data[:-30])  # its header is whole
+    (tmp_path / '4.png').write_bytes(data[:len(data) // 2])  # its header is whole
     dataset = SkipBadRecords(inner)
     sampler = BucketBatchSampler(DefaultSampler(dataset, shuffle=False, seed=0), 1, sizes)
     assert dataset.bad == [2] and not [batch for batch in sampler if 2 in batch]
