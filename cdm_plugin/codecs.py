@@ -127,6 +127,7 @@ class VAECodec(Codec):
     def __getattr__(self, name: str) -> Any:
         if name in ('vae', 'shift', 'factor') and vars(self).get('_unread') is not None:
             self._read()
+            self.to(self._here.device)
             return getattr(self, name)
         return super().__getattr__(name)
 
@@ -141,7 +142,6 @@ class VAECodec(Codec):
         self.vae.requires_grad_(False).eval()
         self.vae.enable_slicing()  # one image at a time: a batch at full size takes tens of gigabytes
         self.read_config(self.vae.config)
-        self.to(self._here.device)
 
     def scale_of(self, config: Any) -> int:
         """Pixels of a latent's side, as the autoencoder's config says."""

@@ -17,7 +17,7 @@ class ScalarsHook(Hook):
     Every hook sees them as `outputs` of `after_train_iter`, tensors that may lie on the device; whoever reads one
     there waits for it. In MMEngine's history, and so in the log, they stand when a LoggerHook or a CheckpointHook
     reads it, in a run of several processes as means over the ranks that have them: those of a source of a mix as means
-    over its samples on all ranks, and how many these are, `samples/<source>`, as their sum.
+    over its samples on all ranks, and how many these are, `count/<source>`, as their sum.
 
     It does in its own time what RuntimeInfoHook does in every iteration, so that one leaves it to this hook while it
     trains. Without a LoggerHook, or with a subclass that has an `after_train_iter` of its own, MMEngine's way stays.
@@ -86,9 +86,9 @@ class ScalarsHook(Hook):
 def _over_ranks(key: str, logs: list[dict[str, float]]) -> float:
     """A scalar of the ranks that have it."""
     name, _, source = key.partition('/')
-    if name == 'samples':
+    if name == 'count':
         return sum(theirs[key] for theirs in logs)
-    weights = [theirs.get(f'samples/{source}', 1.0) for theirs in logs]
+    weights = [theirs.get(f'count/{source}', 1.0) for theirs in logs]
     return sum(weight * theirs[key] for weight, theirs in zip(weights, logs)) / sum(weights)
 
 

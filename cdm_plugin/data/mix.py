@@ -161,15 +161,9 @@ class MixSampler(InfiniteSampler):
     Args:
         dataset (WeightedMixDataset): Given by the runner. One without a seed gets the sampler's.
         seed (int, optional): Given by the runner.
-
-    Raises:
-        ValueError: If it is another dataset.
     """
 
-    def __init__(self, dataset: Any, seed: int | None = None) -> None:
-        if not isinstance(dataset, WeightedMixDataset):
-            raise ValueError("train_dataloader.sampler=dict(type='MixSampler') is for a WeightedMixDataset, but "
-                             f'train_dataloader.dataset is a {type(dataset).__name__}')
+    def __init__(self, dataset: WeightedMixDataset, seed: int | None = None) -> None:
         super().__init__(dataset, shuffle=False, seed=seed)
         if dataset.seed is None:
             dataset.seed = self.seed

@@ -40,14 +40,14 @@ class Iteration:
 
     def log_sources(self, role: str) -> None:
         """Logs a role's mean loss by the samples' sources, `loss_<role>/<source>`, and how many samples each has,
-        `samples/<source>`; nothing if the batch does not say its sources."""
+        `count/<source>`; nothing if the batch does not say its sources."""
         rows: dict[str, list[int]] = {}
         for row, source in enumerate(self.batch.get('source') or ()):
             rows.setdefault(source, []).append(row)
         losses = [loss.unbind() for loss in self.per_sample.pop(role, ())]
         for source, own in rows.items() if losses else ():
             self.logs[f'loss_{role}/{source}'] = torch.stack([loss[row] for loss in losses for row in own]).mean()
-            self.logs[f'samples/{source}'] = float(len(own))
+            self.logs[f'count/{source}'] = float(len(own))
 
 
 def _nothing(*args: Any) -> None:
