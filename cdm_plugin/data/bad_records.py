@@ -9,7 +9,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from cdm_plugin.arguments import Count
 from cdm_plugin.data.sample import SampleError
@@ -60,7 +60,8 @@ class SkipBadRecords(Dataset):
         left_out (list[str]): What is wrong with the rows that were left out.
 
     Raises:
-        SampleError: If there are more. It names the first ones.
+        ValueError: If the dataset is a stream.
+        SampleError: If there are more bad records than `limit`. It names the first ones.
     """
 
     def __init__(self, dataset: dict[str, Any] | Dataset, limit: Count = 100) -> None:
@@ -70,6 +71,9 @@ class SkipBadRecords(Dataset):
             self.dataset = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
             if hasattr(self.dataset, 'full_init'):
                 self.dataset.full_init()
+        if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, '__len__'):
+            raise ValueError(f'SkipBadRecords.dataset is a {type(self.dataset).__name__}, a stream without numbers: '
+                             'take a dataset with a length')
         # By record, whether it is bad. Shared by the processes that load for this one.
         self._bad = torch.zeros(len(self.dataset), dtype=torch.uint8).share_memory_()
         self._groups: list[Tensor] = [torch.arange(len(self.dataset))]

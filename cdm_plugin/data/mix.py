@@ -10,7 +10,7 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from cdm_plugin.data.sample import Sample
 from cdm_plugin.draws import stream
@@ -94,7 +94,7 @@ class WeightedMixDataset(Dataset):
         dataset = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
         if hasattr(dataset, 'full_init'):
             dataset.full_init()
-        if not hasattr(dataset, '__len__') or not hasattr(dataset, '__getitem__'):
+        if isinstance(dataset, IterableDataset) or not all(hasattr(dataset, n) for n in ('__len__', '__getitem__')):
             raise ValueError(f'{where}.dataset is a {type(dataset).__name__}, which has no length or no samples by '
                              'number: mix datasets, not streams')
         if not len(dataset):

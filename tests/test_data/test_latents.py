@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from PIL import Image
-from tests_support import same_bits, tiny_backbone
+from tests_support import recording_optimizers, same_bits, tiny_backbone, tiny_method
 
 from cdm_plugin.cli import main
 from cdm_plugin.codecs import VAECodec
@@ -215,6 +215,19 @@ def test_labelled_pictures_have_no_texts(tmp_path):
 
 
 # The command, and training
+
+
+@pytest.mark.parametrize('type, kwargs', [
+    ('DMD2', dict(student_every=1, losses=dict(gan=dict(type='GANLoss', r1=1.0)))), ('FlowMatching', {})])
+def test_losses_on_latents_are_those_on_pictures(type, kwargs):
+    image = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    logs = {}
+    for name, rows in dict(image=image, latents=torch.pixel_unshuffle(image, 2)).items():
+        method = tiny_method(type, **kwargs)
+        logs[name] = method.train_step(dict(prompt=torch.tensor([0, 1, 2, 0]), **{name: rows}),
+                                       recording_optimizers(method))
+    same_bits(logs['image'], logs['latents'])
+    assert len(logs['image']) >= 2
 
 
 def test_one_call_caches_prompts_and_pictures_and_training_reads_no_autoencoder(model, rows, tmp_path, capsys):

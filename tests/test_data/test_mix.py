@@ -16,7 +16,7 @@ from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import Runner
 from scale_support import init_gloo, launch
 from tests_support import recording_optimizers, same_bits, tiny_backbone, tiny_method
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from cdm_plugin.commands.compare.runs import Run, _read_event_scalars
 from cdm_plugin.data import BucketBatchSampler, MixSampler, WeightedMixDataset, buckets
@@ -28,16 +28,21 @@ from cdm_plugin.methods.phases import Iteration
 
 
 @DATASETS.register_module()
-class MixTestRows(BaseDataset):
+class MixTestRows(Dataset):
     """Numbered labels of one source, with sizes of pictures that nobody has to open."""
 
     def __init__(self, name='a', length=7, sizes=((8, 8),)):
         self.name, self.length, self.sizes = name, length, sizes
-        super().__init__(pipeline=[PackInputs(meta=('name', 'number'))])
 
-    def load_data_list(self):
-        return [dict(prompt=i % 3, name=self.name, number=i, height=self.sizes[i % len(self.sizes)][0],
-                     width=self.sizes[i % len(self.sizes)][1]) for i in range(self.length)]
+    def __len__(self):
+        return self.length
+
+    def get_data_info(self, i):
+        height, width = self.sizes[i % len(self.sizes)]
+        return dict(prompt=i % 3, height=height, width=width)
+
+    def __getitem__(self, i):
+        return dict(prompt=i % 3, meta=dict(name=self.name, number=i))
 
 
 def sources(weights=(3, 1), lengths=(7, 5), **kwargs):
