@@ -16,7 +16,7 @@ from tests_support import recording_optimizers, same_bits, tiny_backbone, tiny_m
 
 from cdm_plugin.cli import main
 from cdm_plugin.codecs import VAECodec
-from cdm_plugin.data import LatentDataset, WeightedMixDataset, cache_latents, check_latents
+from cdm_plugin.data import LatentDataset, WeightedMixDataset, cache_latents, check_latents, write_embeddings
 from cdm_plugin.data.latents import cache
 from cdm_plugin.data.latents.cache import drawn_by
 from cdm_plugin.data.latents.files import read_rows
@@ -194,6 +194,36 @@ def test_what_cannot_be_encoded_is_named(change, message, model, rows, tmp_path)
     with pytest.raises(ValueError, match=message):
         cache_latents(cfg, str(tmp_path / 'out'))
     assert not list(tmp_path.glob('out/*/*'))
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda index: index.pop('scale'), r'index\.json: scale must be'),
+    (lambda index: index.update(version=2), 'has version 2, but this cdm_plugin reads version 1'),
+    (lambda index: index['shards'][0].update(size=[8]), r'shards\[0\]\.size must be height and width'),
+    (lambda index: index['shards'][0].update(size=['8', 8]), r'shards\[0\]\.size'),
+    (lambda index: index['shards'][0].update(name='../x.safetensors'), 'may only name what lies in its folder'),
+    (lambda index: index['shards'][0].update(rows=1), 'rows instead of 1'),
+    (lambda index: index.clear(), 'is damaged')])
+def test_a_damaged_index_is_named(change, message, tmp_path):
+    cfg = Config(dict(model=dict(backbone=tiny_backbone()), train_dataloader=dict(dataset=dict(
+        type='AcmePictures', length=2))))
+    cache_latents(cfg, str(tmp_path), device='cpu')
+    file = tmp_path / 'latents' / 'index.json'
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message) as info:
+        LatentDataset(data_root=str(tmp_path))
+    assert '\n' not in str(info.value)
+
+
+def test_a_shard_without_its_rows_is_named(tmp_path):
+    write_embeddings(tmp_path / 'x.safetensors', dict(latents=torch.zeros(2, 4, 4, 4)), ['a', 'b'])
+    with pytest.raises(ValueError, match=r'x\.safetensors has no row_ids'):
+        read_rows(tmp_path / 'x.safetensors')
+    write_embeddings(tmp_path / 'x.safetensors', dict(row_ids=torch.zeros(2, 4)), ['a', 'b'])
+    with pytest.raises(ValueError, match='must be whole numbers'):
+        read_rows(tmp_path / 'x.safetensors')
 
 
 def test_bad_arguments_are_named(model, rows, tmp_path):

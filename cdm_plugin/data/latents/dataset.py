@@ -46,12 +46,12 @@ class LatentDataset(BaseDataset):
         self._shards = [str(folder / entry['name']) for entry in index['shards']]
         for shard, entry in enumerate(index['shards']):
             try:
-                prompts = read_indexed_header(folder, entry).prompts
+                prompts, places = read_indexed_header(folder, entry).prompts, read_rows(self._shards[shard])
             except ValueError as error:
                 raise ValueError(f'`data_root`: {error}; run `cdm cache --latents` again, it completes the '
                                  'folder') from error
             height, width = (side * index['scale'] for side in entry['size'])
-            for row, (number, view, _) in enumerate(read_rows(self._shards[shard])):
+            for row, (number, view, _) in enumerate(places):
                 prompt = int(prompts[row]) if index['labels'] else prompts[row]
                 rows[number, view] = dict(shard=shard, row=row, prompt=prompt, height=height, width=width)
         missing = index['samples'] * index['views'] - len(rows)

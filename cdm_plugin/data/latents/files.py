@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cdm_plugin.arguments import check_value
 from cdm_plugin.data.embeddings.files import OF_SHARD, check_shards, describe_shard
@@ -44,8 +44,10 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
         check_value(index.get(key), kind, f'{path}: {key}')
     for i, shard in enumerate(index['shards']):
         check_value(shard, dict, f'{path}: shards[{i}]')
-        for key, kind in dict(OF_SHARD, size=list).items():
+        for key, kind in dict(OF_SHARD, size=list[int]).items():
             check_value(shard.get(key), kind, f'{path}: shards[{i}].{key}')
+        if len(shard['size']) != 2 or min(shard['size']) < 1:
+            raise ValueError(f'{path}: shards[{i}].size must be height and width, but is {shard["size"]}')
     check_shards(path, index['shards'])
     return index
 
@@ -65,6 +67,17 @@ def describe(path: Path, prompts: Sequence[str], size: Sequence[int]) -> dict[st
 
 
 def read_rows(path: str | Path) -> list[list[int]]:
-    """Of each row of a shard: number of the sample, of the view, checksum of the pixels."""
-    with safe_open(path, 'pt') as shard:
-        return shard.get_tensor(ROWS).tolist()
+    """Of each row of a shard: number of the sample, of the view, checksum of the pixels.
+
+    Raises:
+        ValueError: If the shard does not say it.
+    """
+    try:
+        with safe_open(path, 'pt') as shard:
+            rows = shard.get_tensor(ROWS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'shard {path} has no {ROWS} ({error}): write it again') from error
+    if rows.ndim != 2 or rows.shape[1] != 3 or rows.is_floating_point():
+        raise ValueError(f'shard {path}: {ROWS} must be whole numbers, (N, 3), but are {rows.dtype}, '
+                         f'{tuple(rows.shape)}: write it again')
+    return rows.tolist()
