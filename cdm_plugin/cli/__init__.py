@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     mistakes: tuple[type[Exception], ...] = (ImportError,)  # the installation is not whole
-    full_disk, describe = None, str
+    full_disk: Any = None
+    describe: Any = str
     try:
         from cdm_plugin.errors import USER_ERRORS as mistakes
         from cdm_plugin.errors import describe

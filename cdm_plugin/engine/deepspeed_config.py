@@ -33,9 +33,8 @@ def settle_config(config: None | str | dict[str, Any], settings: dict[str, Any])
     Raises:
         ValueError: For a key that cannot work, in one line.
     """
-    if isinstance(config, str):
-        config = json.loads(Path(config).read_text())
-    settled = {**(config or {}), **{key: copy.deepcopy(value) for key, value in settings.items() if value is not None}}
+    given: dict[str, Any] = json.loads(Path(config).read_text()) if isinstance(config, str) else config or {}
+    settled = {**given, **{key: copy.deepcopy(value) for key, value in settings.items() if value is not None}}
     settled.setdefault('zero_optimization', dict(stage=2))
     check_config(settled)
     return settled

@@ -94,7 +94,7 @@ def watched(launcher: str) -> Iterator[None]:
     store = dist.PrefixStore('cdm', dist.TCPStore(
         os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=rank == 0, wait_for_workers=False,
         multi_tenant=True))
-    done, heard = threading.Event(), []
+    done, heard = threading.Event(), list[str]()
     watch = threading.Thread(target=_watch, args=(store, done, heard), daemon=True)
     watch.start()
     try:

@@ -288,5 +288,5 @@ def _check_space(cfg: Config, report: Report, method: DiffusionModel, wrappers: 
     cycle = max((wrappers[phase.role]._accumulative_counts * phase.every for phase in method.phases
                  if phase.role in wrappers and _accumulates(wrappers[phase.role])), default=1)
     if checkpoint.get('interval', cycle) % cycle:
-        report.warnings.append(f'default_hooks.checkpoint.interval={checkpoint.interval} is no multiple of {cycle}: a '
-                               'resumed run loses the gradients accumulated until then')
+        report.warnings.append(f'default_hooks.checkpoint.interval={checkpoint["interval"]} is no multiple of {cycle}: '
+                               'a resumed run loses the gradients accumulated until then')
