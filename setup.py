@@ -52,7 +52,7 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={
-        'console_scripts': ['cdm = cdm_command:main'],
+        'console_scripts': ['cdm = cdm_command:script'],
         'cdm_plugin': [f'{part} = cdm_plugin.{part}' for part in PARTS],
     },
     classifiers=[
