@@ -146,10 +146,10 @@ def _run(args: argparse.Namespace) -> int:
         full = full_disk and full_disk(error)
         if args.traceback or os.environ.get('CDM_TRACEBACK') == '1' or not (full or isinstance(error, mistakes)):
             raise
-        text = describe(error)
+        text = ' '.join(describe(error).split())
         if full is not None:  # at any moment, so the error may say little
             text = (f'{full.strerror}{f", for {full.filename}" if full.filename else ""}: free some and call it again; '
                     'what was whole before is so still')
-        print(f'cdm {args.command}: {mask_text(" ".join(text.split()))} (cdm --traceback {args.command} ... shows where)',
+        print(f'cdm {args.command}: {mask_text(text)} (cdm --traceback {args.command} ... shows where)',
               file=sys.stderr)
         return 2
