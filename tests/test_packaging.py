@@ -122,6 +122,14 @@ names = ('loss_acme', 'loss_from_hook', 'loss_student', 'grid_steps', 'acme_doub
 logs = {name: float(runner.message_hub.get_scalar('train/' + name).current()) for name in names}
 '''
 
+# `cdm demo`, a brief form.
+DEMO = '''
+import json
+from cdm_plugin.commands.demo import distil
+distil.distil_and_judge('work_dirs/demo', {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 4}, num_samples=20)
+print(json.dumps(distil.__file__))
+'''
+
 
 class Environment:
     """A virtual environment with this interpreter's libraries, except cdm_plugin, and programs run in it."""
@@ -159,7 +167,7 @@ class Environment:
 
 
 def check(*command: object, **options) -> subprocess.CompletedProcess:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, f'{command} failed:\n{done.stdout}\n{done.stderr}'
     return done
 
@@ -277,6 +285,19 @@ def test_wheel_works_from_elsewhere(installed, reports):
     own = [info for info in report['plugins'] if info['distribution'] == 'cdm_plugin']
     assert own[0]['entry_point'] == 'time_grids' and own[-1]['entry_point'] == 'hooks'
     assert {info['status'] for info in own} == {'loaded'}
+
+
+def test_wheel_runs_the_demo_elsewhere_and_what_the_demo_says_to_do_next(installed):
+    done = installed.run('python', '-c', DEMO, CDM_DISABLE_PLUGINS='1')
+    *said, file = done.stdout.splitlines()
+    assert Path(json.loads(file)).is_relative_to(installed.site)
+    work_dir = installed.elsewhere / 'work_dirs/demo'
+    rows = json.loads((work_dir / 'results.json').read_text())['rows']
+    assert {(row['model'], row['steps']) for row in rows} >= {('teacher', 50), ('student', 4)}
+    assert (work_dir / 'samples.png').is_file() and (work_dir / 'student/README.md').is_file()
+    command, = [line.partition('cdm ')[2].split() for line in said if 'cdm sample' in line]
+    installed.run('cdm', *command, CDM_DISABLE_PLUGINS='1')
+    assert len(list((installed.elsewhere / 'images').glob('0*.png'))) == 4 * 4
 
 
 def test_plugin_of_another_distribution_is_found(installed, reports):
