@@ -5,11 +5,22 @@ import os
 import pytest
 import recipes
 import torch
+from mmengine.config import config as mmengine_config
 from mmengine.registry import DefaultScope
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    # A run of MMEngine formats its config half a dozen times, which takes as long as a few iterations do.
+    formatted, stock = {}, mmengine_config.FormatCode
+
+    def format_once(text, **options):
+        key = (text, *map(str, options.values()))
+        if key not in formatted:
+            formatted[key] = stock(text, **options)
+        return formatted[key]
+
+    mmengine_config.FormatCode = format_once
 
 
 def pytest_collection_modifyitems(items):
