@@ -26,7 +26,7 @@ EXTRAS = {
     'bench': ['emoji>=2.14'],  # captions of benchmarks/emoji
     'docs': DOCS,
     'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77',
-             'wheel', *DOCS],
+             'wheel', 'ruff>=0.15', 'mypy>=2.0', *DOCS],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.
@@ -52,7 +52,7 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={
-        'console_scripts': ['cdm = cdm_command:main'],
+        'console_scripts': ['cdm = cdm_command:script'],
         'cdm_plugin': [f'{part} = cdm_plugin.{part}' for part in PARTS],
     },
     classifiers=[

@@ -71,7 +71,7 @@ class Backbone(nn.Module):
             `token`, `force_download`, `use_safetensors`.
     """
     config_key = 'model.backbone'
-    network_class: type
+    network_class: type[Any]
     # Diffusers' pipeline of this architecture, by name: importing one takes seconds. None: there is none, and what is
     # exported is the network.
     pipeline_name: str | None = None
@@ -205,7 +205,7 @@ class Backbone(nn.Module):
                                  f'belongs to another architecture than {type(self).__name__} or to another config')
         return network
 
-    def pipeline_class(self) -> type:
+    def pipeline_class(self) -> type[Any]:
         """Diffusers' pipeline of this architecture."""
         return getattr(diffusers, self.pipeline_name)
 
@@ -243,11 +243,13 @@ class Backbone(nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(f'model.backbone.config={config!r} is no file: give the path of a diffusers '
                                         'config.json or the dimensions as a dict')
-            config = json.loads(path.read_text())
+            given = json.loads(path.read_text())
+        else:
+            given = dict(config or {})
         if self.pretrained is None:
-            return self._with_defaults(dict(config))
+            return self._with_defaults(given)
         loaded = self._pretrained_config()
-        for key, value in (config or {}).items():
+        for key, value in given.items():
             found = loaded.get(key)
             if not key.startswith('_') and (list(found) if isinstance(found, (list, tuple)) else found) != (
                     list(value) if isinstance(value, (list, tuple)) else value):

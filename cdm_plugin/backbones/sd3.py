@@ -25,7 +25,7 @@ class SD3Backbone(Backbone):
     published_scheduler = dict(shift=3.0)
 
     @property
-    def patch(self) -> int:
+    def patch(self) -> int:  # type: ignore[override]
         """Latents a token covers, per side."""
         return self.config['patch_size']
 

@@ -11,8 +11,10 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 # What there is, by task.
@@ -98,6 +100,20 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
     return values.options
 
 
+def script() -> None:
+    """The script `cdm`: `main` in a process of its own, whose tracebacks have no secrets."""
+    sys.excepthook = _print_masked
+    sys.exit(main())
+
+
+def _print_masked(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    secrets = sys.modules.get('cdm_plugin.secrets')
+    if secrets is None:  # nothing that has any was read
+        sys.__excepthook__(kind, error, place)
+    else:
+        sys.stderr.write(secrets.mask_text(''.join(traceback.format_exception(kind, error, place))))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; mistakes of the user become one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -113,11 +129,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     mistakes: tuple[type[Exception], ...] = (ImportError,)  # the installation is not whole
-    full_disk, describe = None, str
+    full_disk: Any = None
+    describe: Any = str
+    mask_text: Any = str
     try:
         from cdm_plugin.errors import USER_ERRORS as mistakes
         from cdm_plugin.errors import describe
         from cdm_plugin.files import full_disk
+        from cdm_plugin.secrets import mask_text
         if getattr(args, 'cfg_options', None):
             args.cfg_options = parse_options(args.cfg_options)
         return args.run(args) or 0
@@ -127,10 +146,10 @@ def _run(args: argparse.Namespace) -> int:
         full = full_disk and full_disk(error)
         if args.traceback or os.environ.get('CDM_TRACEBACK') == '1' or not (full or isinstance(error, mistakes)):
             raise
-        text = describe(error)
+        text = ' '.join(describe(error).split())
         if full is not None:  # at any moment, so the error may say little
             text = (f'{full.strerror}{f", for {full.filename}" if full.filename else ""}: free some and call it again; '
                     'what was whole before is so still')
-        print(f'cdm {args.command}: {" ".join(text.split())} (cdm --traceback {args.command} ... shows where)',
+        print(f'cdm {args.command}: {mask_text(text)} (cdm --traceback {args.command} ... shows where)',
               file=sys.stderr)
         return 2

@@ -192,7 +192,7 @@ def _call_arguments(job: ExportJob, text_config: dict[str, Any]) -> dict[str, An
     """What a diffusers pipeline has to be told so that it samples as the student was trained to."""
     backbone, (sigmas, guidance) = job.backbone, how_to_sample(job)
     parameters = inspect.signature(backbone.pipeline_class().__call__).parameters
-    wanted = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas))
+    wanted: dict[str, Any] = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas))
     if is_distilled(job):
         wanted['sigmas'] = sigmas.tolist()
     wanted.update(backbone.pipeline_guidance(guidance))

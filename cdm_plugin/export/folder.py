@@ -279,7 +279,7 @@ def _write_lora(job: ExportJob, staging: Path, text_config: dict[str, Any]) -> N
             weights = {name: content.get_tensor(name).to(job.dtype) for name in content.keys()}
             metadata = content.metadata()
         save_file(weights, file, metadata)
-    settings = dict(rank=lora.rank, alpha=lora.alpha)
+    settings: dict[str, Any] = dict(rank=lora.rank, alpha=lora.alpha)
     if lora.target_modules is not None:
         settings['target_modules'] = list(lora.target_modules)
     entries = dict(conditioner=text_config or None, codec=backbone.codec.to_config())

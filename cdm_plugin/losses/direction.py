@@ -68,7 +68,7 @@ class DirectionLoss(ScoreLoss):
         x0, (delta, reference) = inputs.prediction.x0, self.direction(inputs)
         loss = direction_loss(x0, delta, reference, self.min_norm)
         return loss, dict(clamp=clamp_share(reference_norm(x0, reference), self.min_norm),
-                          left_out=sum((~values.isfinite()).sum() for values in (delta, reference)))
+                          left_out=(~delta.isfinite()).sum() + (~reference.isfinite()).sum())
 
 
 @MODELS.register_module()

@@ -91,14 +91,14 @@ class DiffusionModel(BaseModel):
         self.iteration: int | None = None
         self.seed: int | None = None
         self.updated: dict[str, bool | Tensor] = {}
-        self.student_ema = None
+        self.student_ema: Any = None
         self.anchor_sigma: Tensor | None = None
         self.validated, self.validation_size = 0, None
         self.config: Any = None
         self.autocast_dtype: torch.dtype | None = None
         self.calls: Counter = Counter()
         self.call_samples: Counter = Counter()
-        self._optim_wrapper = None
+        self._optim_wrapper: Any = None
         self._training_role: str | None = None
         self._null: Condition | None = None
         self.register_state_dict_post_hook(self._drop_frozen)
@@ -114,7 +114,7 @@ class DiffusionModel(BaseModel):
     def build_trained(self, role: str) -> nn.Module:
         """The network of a trained denoiser: an adapter of the base, or weights of its own."""
         if self.base is not None:
-            return self.lora.add(self.base, role, self.backbone.lora_targets)
+            return self.lora.add(self.base, role, list(self.backbone.lora_targets))
         network = self.start_backbone().build_network().requires_grad_(True)
         if self.activation_checkpointing:
             network.enable_gradient_checkpointing()
@@ -163,8 +163,8 @@ class DiffusionModel(BaseModel):
         Raises:
             ValueError: If that kernel cannot run there.
         """
-        networks = [getattr(self, role) for role in self.denoisers if hasattr(self, role)]
-        networks = dict.fromkeys(getattr(unwrap(network), 'base', network) for network in networks)
+        roles = [getattr(self, role) for role in self.denoisers if hasattr(self, role)]
+        networks = dict.fromkeys(getattr(unwrap(network), 'base', network) for network in roles)
         for network in networks:
             kernel, why = set_attention(network, self.backbone.attention, self.device, dtype or dtype_of(network),
                                         training, self.backbone.takes_mask)
@@ -286,7 +286,7 @@ class DiffusionModel(BaseModel):
         backbone = self.backbone_of(role)
         with recorded(self.blocks_of(role, blocks)) as outputs:
             velocity = self.velocity(role, x, sigma, condition, anchor_sigma)
-        return velocity, [backbone.feature_map(output, tuple(x.shape[-2:])) for output in outputs]
+        return velocity, [backbone.feature_map(output, (x.shape[-2], x.shape[-1])) for output in outputs]
 
     def blocks_of(self, role: str, blocks: Sequence[int] | None) -> list[nn.Module]:
         """Some blocks of a role's network; arguments as in `features`.
@@ -436,7 +436,7 @@ class DiffusionModel(BaseModel):
         if noise is None:
             noise = torch.randn(self.latent_shape(len(condition)), generator=stream(0, 'sample'))
         noise, condition = noise.to(self.device, self.math_dtype), condition.to(self.device)
-        sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas, tuple(noise.shape[2:]))
+        sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas, (noise.shape[-2], noise.shape[-1]))
         anchors = noise.new_full((len(noise),), float(sigmas[-1] if anchor_sigma is None else anchor_sigma))
         null = self.null_condition(len(noise)) if guidance_scale != 1 else None
 
@@ -445,8 +445,8 @@ class DiffusionModel(BaseModel):
                 return self.velocity(role, x, sigma, condition, anchors)
             both = self.velocity(role, torch.cat([x, x]), torch.cat([sigma, sigma]),
                                  Condition.cat([condition, null]), torch.cat([anchors, anchors]))
-            backbone = self.backbone_of(role)
-            return backbone.guide(*both.chunk(2), backbone.guidance_at(guidance_scale, sigma))
+            (conditional, unconditional), backbone = both.chunk(2), self.backbone_of(role)
+            return backbone.guide(conditional, unconditional, backbone.guidance_at(guidance_scale, sigma))
 
         network = unwrap(getattr(self, role))
         training = network.training

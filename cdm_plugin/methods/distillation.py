@@ -205,7 +205,8 @@ class Distillation(DiffusionModel):
         networks that losses train."""
         losses, judge = self.active_losses.values(), self.fake_judge
         through = [role for loss in losses for role in (*loss.through, loss.role, 'fake' if loss.on_fake else None)]
-        fake, judges = dict(steps=self.fake_steps, stepped=self._merge), ()
+        fake: dict[str, Any] = dict(steps=self.fake_steps, stepped=self._merge)
+        judges: tuple[Phase, ...] = ()
         if judge is not None:
             fake.update(through=(judge.role,), draw=partial(self._fake_draw, judge))
             judges = (Phase(judge.role, partial(self.role_loss, judge), steps=self.fake_steps),)
