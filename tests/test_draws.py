@@ -262,7 +262,12 @@ def test_laws_of_noise_and_of_the_fake_steps_level():
 
 
 def draw(sampler, anchor_sigma, seed=0, grid=DynamicTimeGrid()):
-    return sampler(stream(seed), anchor_sigma, lambda generator: shift3(grid.sample(generator)))
+    return sampler(context(anchor_sigma, seed, grid))
+
+
+def context(anchor_sigma, seed=0, grid=DynamicTimeGrid(), **kwargs):
+    return DrawContext(stream(seed), anchor_sigma, lambda generator: shift3(grid.sample(generator)),
+                       (len(anchor_sigma), 1), **kwargs)
 
 
 @pytest.mark.parametrize('type', ['UniformSigma', 'CappedUniformSigma', 'LogitNormalSigma', 'AnchorSigma'])
@@ -293,7 +298,7 @@ def test_capped_uniform_is_uniform_below_each_samples_own_anchor():
     anchor_sigma = 0.25 + 0.75 * torch.rand(20000, generator=stream(1), dtype=torch.float64)
     sampler = CappedUniformSigma()
     assert (draw(sampler, anchor_sigma) <= anchor_sigma).all()
-    ratio = sampler.law(stream(0), anchor_sigma, None) / anchor_sigma
+    ratio = sampler.law(context(anchor_sigma)) / anchor_sigma
     assert ks_distance(ratio, uniform(0, 1)) < ks_limit(20000)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cdm_plugin import plugins
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
-from cdm_plugin.draws import stream
+from cdm_plugin.draws import Rollout, stream
 from cdm_plugin.methods.overrides import arguments_of
 from cdm_plugin.methods.phases import Iteration, Phase, passed_through, take_turn
 from cdm_plugin.methods.sampling import Sampling
@@ -28,7 +28,8 @@ from cdm_plugin.time_grids import check_sigmas
 
 # Settings of `model` that say how its weights were trained: they go with a checkpoint.
 TRAINED_KEYS = ('type', 'alpha', 'guidance', 'losses', 'time_grid', 'sample_sigmas', 'fake_sigma', 'fake_loss',
-                'fake_steps', 'student_every', 'fake_merge', 'anchor_aware_fake', 'lora', 'teacher')
+                'fake_steps', 'student_every', 'fake_merge', 'anchor_aware_fake', 'lora', 'teacher', 'rollout',
+                'sigma_shift')
 
 
 class DiffusionModel(Sampling, BaseModel):
@@ -46,6 +47,8 @@ class DiffusionModel(Sampling, BaseModel):
         lora (dict, optional): Settings of `cdm_plugin.roles.lora.LoRA`, `dict(rank=64)`: trained roles are adapters of
             one frozen base. Default: full weights.
         data_preprocessor (dict, optional): Default DistillationDataPreprocessor.
+        rollout (str): How the student goes from level to level, in training and when it samples: 'ode', Euler steps, or
+            'renoise', its x0 noised anew (DMD2's own, diffusers' `stochastic_sampling`). Default 'ode'.
 
     Attributes:
         iteration (int): The runner's iteration, kept by CDMHook; draws are a function of it.
@@ -74,9 +77,10 @@ class DiffusionModel(Sampling, BaseModel):
 
     def __init__(self, backbone: dict[str, Any] | Backbone, sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  image_size: None | Size | Sequence[Size] = None, activation_checkpointing: bool = False,
-                 lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None) -> None:
+                 lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None,
+                 rollout: Rollout = 'ode') -> None:
         super().__init__(data_preprocessor or dict(type='DistillationDataPreprocessor'))
-        self.sample_sigmas = check_sigmas(sample_sigmas, 'model.sample_sigmas')
+        self.sample_sigmas, self.rollout = check_sigmas(sample_sigmas, 'model.sample_sigmas'), rollout
         self.backbone: Backbone = MODELS.build(dict(backbone)) if isinstance(backbone, dict) else backbone
         self.latent_sizes = self._latent_sizes(image_size)
         self.lora = None if lora is None else LoRA.from_config(lora)

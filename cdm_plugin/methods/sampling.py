@@ -7,13 +7,13 @@ from mmengine.dist import get_rank, get_world_size
 from torch import Tensor
 
 from cdm_plugin.condition import Condition
-from cdm_plugin.draws import stream
+from cdm_plugin.draws import Rollout, stream
 from cdm_plugin.roles.weights import unwrap
-from cdm_plugin.sampling import euler_sample
+from cdm_plugin.sampling import euler_sample, renoise_sample
 
 
 class Sampling:
-    """The part of a method that samples: few Euler steps by a role's network, and MMEngine's validation by them."""
+    """The part of a method that samples: few steps by a role's network, and MMEngine's validation by them."""
 
     def sample(self, condition: Condition, *args: Any, **kwargs: Any) -> Tensor:
         """Images from noise: `sample_latents`, decoded.
@@ -28,7 +28,7 @@ class Sampling:
     @torch.no_grad()
     def sample_latents(self, condition: Condition, noise: Tensor | None = None, sigmas: Tensor | None = None,
                        role: str | None = None, guidance_scale: float = 1.0,
-                       anchor_sigma: float | None = None) -> Tensor:
+                       anchor_sigma: float | None = None, rollout: Rollout | None = None) -> Tensor:
         """Latents of images from noise.
 
         Args:
@@ -39,11 +39,13 @@ class Sampling:
             role (str, optional): Whose network, one of `denoisers`. Default: `main_role`.
             guidance_scale (float): Classifier-free guidance; 1 is off. Default 1.
             anchor_sigma (float, optional): Anchor of an anchor-aware fake score. Default: the last level.
+            rollout (str, optional): 'ode' or 'renoise'. Default: the method's for `main_role`, 'ode' for others.
 
         Returns:
             Tensor: (B, C, h, w).
         """
         role = role or self.main_role
+        rollout = rollout or (self.rollout if role == self.main_role else 'ode')
         if noise is None:
             noise = torch.randn(self.latent_shape(len(condition)), generator=stream(0, 'sample'))
         noise, condition = noise.to(self.device, self.math_dtype), condition.to(self.device)
@@ -63,7 +65,7 @@ class Sampling:
         training = network.training
         network.eval()
         try:
-            return euler_sample(velocity, noise, sigmas)
+            return (renoise_sample if rollout == 'renoise' else euler_sample)(velocity, noise, sigmas)
         finally:
             network.train(training)
 
