@@ -232,7 +232,7 @@ class Backbone(ScheduledLevels, nn.Module):
         folder = Path(folder)
         if network is not None:
             network.save_pretrained(folder / 'transformer', safe_serialization=True)
-        self.scheduler.save_pretrained(folder / 'scheduler')
+        self.scheduler_for(recipe.get('rollout', 'ode')).save_pretrained(folder / 'scheduler')
         parts = masked({'backbone': type(self).__name__, 'conditioner': self.conditioner.to_config(),
                         'codec': self.codec.to_config(), **recipe})
         (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + '\n')

@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from cdm_plugin.draws import Rollout
 from cdm_plugin.flow import shift_sigmas, stretch_sigmas
 
 
@@ -17,12 +18,19 @@ class ScheduledLevels:
         else:
             made = FlowMatchEulerDiscreteScheduler.from_pretrained(
                 self.pretrained, subfolder='scheduler', **self._hub_kwargs)
-        for key in ('invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas',
-                    'stochastic_sampling'):
+        if (scheduler or {}).get('stochastic_sampling'):
+            raise ValueError("model.backbone.scheduler.stochastic_sampling: set model.rollout='renoise' instead, which "
+                             'training follows too')
+        for key in ('invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas'):
             if made.config.get(key):
                 raise ValueError(f'model.backbone.scheduler: {key}={made.config[key]!r} is not supported, its levels '
                                  'depend on the whole grid; set model.backbone.scheduler=dict(shift=...) instead')
         return made
+
+    def scheduler_for(self, rollout: Rollout) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler with which a pipeline steps from level to level as a student does."""
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            self.scheduler.config, stochastic_sampling=rollout == 'renoise')
 
     def shift(self, latent_size: tuple[int, int]) -> float:
         """The scheduler's shift for latents of this height and width: its constant, or exp(mu) with mu linear in the
