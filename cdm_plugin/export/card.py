@@ -117,6 +117,9 @@ def _usage(job: ExportJob, text_config: dict[str, Any], prompts: list[Any] | Non
             'for. A scheduler\'s config cannot carry them, and a pipeline\'s own levels for this number of steps may '
             'differ (those of StableDiffusion3Pipeline do, slightly).',
             'Guidance is built in: the call above has none on top of it, so each step is one network call.']
+        if job.method.rollout == 'renoise':
+            notes.append('Each step noises the estimate of the image anew (`stochastic_sampling` in the scheduler), as '
+                         'the student was trained to: `torch.manual_seed` before the call makes it repeatable.')
     call = _call_arguments(job, text_config)
     if 'guidance_scale' in call and hasattr(job.backbone, 'embedded_guidance'):
         notes.append('`guidance_scale` is the guidance that the network is told'

@@ -164,7 +164,7 @@ def _quiet_diffusers() -> Iterator[None]:
 
 
 def _recipe(job: ExportJob) -> dict[str, Any]:
-    return dict(image_size=job.image_size, sample_sigmas=how_to_sample(job)[0].tolist(),
+    return dict(image_size=job.image_size, sample_sigmas=how_to_sample(job)[0].tolist(), rollout=job.method.rollout,
                 recipe=describe_recipe(job))
 
 
@@ -177,8 +177,8 @@ def _write_pipeline(job: ExportJob, staging: Path, text_config: dict[str, Any]) 
     index = dict(backbone.pipeline_class().load_config(backbone.pretrained, **backbone._hub_kwargs))
     codec = _in_dtype(backbone, backbone.codec, backbone.codec.to_config(), dtype)
     conditioner = _in_dtype(backbone, backbone.conditioner, text_config, dtype)
-    components = dict(conditioner.pipeline.components, transformer=exported_network(job), scheduler=backbone.scheduler,
-                      vae=codec.vae)
+    components = dict(conditioner.pipeline.components, transformer=exported_network(job),
+                      scheduler=backbone.scheduler_for(job.method.rollout), vae=codec.vae)
     settings = {name: index[name] for name in inspect.signature(backbone.pipeline_class().__init__).parameters
                 if name in index and name not in components}  # plain data, which layers of a text encoder are taken
     pipeline = backbone.pipeline_class()(**components, **settings)
