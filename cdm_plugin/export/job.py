@@ -98,7 +98,7 @@ def missing_t5(index: Mapping[str, Any]) -> dict[str, Any]:
 def checked_dtype(name: str | None) -> torch.dtype | None:
     if name == 'float8':
         return FLOAT8
-    return None if name is None else check_dtype(name, 'the export\'s dtype (float8 apart)')
+    return None if name is None else check_dtype(name, 'the export\'s dtype', 'float8')
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -37,7 +37,8 @@ def exported_network(job: ExportJob) -> ModelMixin:
         narrow = float8_names(job.backbone.empty_network()) if job.dtype == FLOAT8 else ()
         shapes = {name: torch.empty(w.shape, dtype=FLOAT8 if name in narrow else job.file_dtype(w.dtype), device='meta')
                   for name, w in own.items()}
-        write_weights(Path(folder), shapes, value)
+        write_weights(Path(folder), shapes,
+                      lambda name: _in_float8(name, value(name)) if name in narrow else value(name))
 
     network.save_pretrained = save_pretrained
     return network
@@ -48,6 +49,14 @@ def float8_names(network: ModelMixin) -> set[str]:
     that the network's class does not leave out. The network is changed."""
     network.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=BESIDE_FLOAT8)
     return {name for name, weight in network.state_dict().items() if weight.dtype == FLOAT8}
+
+
+def _in_float8(name: str, weight: Tensor) -> Tensor:
+    largest = weight.detach().abs().max()
+    if largest > torch.finfo(FLOAT8).max:
+        raise ValueError(f'{name} has values up to {largest:g}, which float8 has no room for: export with '
+                         "dtype='bfloat16'")
+    return weight.to(FLOAT8)
 
 
 def _fused_weights(job: ExportJob) -> Callable[[str], Tensor]:
@@ -113,9 +122,5 @@ def write_safetensors(path: Path, shapes: Mapping[str, Tensor], value: Callable[
     with open(path, 'wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
         for name in names:
-            tensor = value(name).detach()
-            if shapes[name].dtype == FLOAT8 and tensor.numel() and tensor.abs().max() > torch.finfo(FLOAT8).max:
-                raise ValueError(f'{name} has values up to {tensor.abs().max():g}, which float8 has no room for: '
-                                 "export with dtype='bfloat16'")
-            tensor = tensor.to('cpu', shapes[name].dtype)
+            tensor = value(name).detach().to('cpu', shapes[name].dtype)
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
