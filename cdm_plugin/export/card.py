@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from yaml import YAMLError
 
 from cdm_plugin.backbones import Backbone
+from cdm_plugin.compat.packages import mmengine_distributions
 from cdm_plugin.export.job import CARD_FILE, FLOAT8, ExportJob, is_whole_pipeline, name_of
 from cdm_plugin.export.recipe import describe_recipe, how_to_sample, is_distilled
 from cdm_plugin.export.sd_scripts import SD_SCRIPTS_FILE
@@ -239,8 +240,9 @@ def _call_arguments(job: ExportJob, text_config: dict[str, Any]) -> dict[str, An
 
 
 def _versions() -> dict[str, str]:
-    libraries = ('mmengine', 'torch', 'diffusers', 'transformers', 'peft', 'safetensors')
-    return {'cdm_plugin': __version__, **{name: importlib.metadata.version(name) for name in libraries}}
+    libraries = ('torch', 'diffusers', 'transformers', 'peft', 'safetensors')
+    return {'cdm_plugin': __version__, **{d.metadata['Name']: d.version for d in mmengine_distributions()},
+            **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _table(rows: Mapping[str, Any]) -> str:
