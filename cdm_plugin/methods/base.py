@@ -11,12 +11,12 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from cdm_plugin import plugins
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
 from cdm_plugin.draws import Rollout, stream
 from cdm_plugin.methods.overrides import arguments_of
 from cdm_plugin.methods.phases import Iteration, Phase, passed_through, take_turn
+from cdm_plugin.methods.plugin_hooks import observe
 from cdm_plugin.methods.sampling import Sampling
 from cdm_plugin.roles.anchor_aware import anchored
 from cdm_plugin.roles.attention import set_attention
@@ -95,6 +95,7 @@ class DiffusionModel(Sampling, BaseModel):
         self.iteration: int | None = None
         self.seed: int | None = None
         self.updated: dict[str, bool | Tensor] = {}
+        self._failed_observers: set[str] = set()
         self.student_ema: Any = None
         self.anchor_sigma: Tensor | None = None
         self.validated, self.validation_size = 0, None
@@ -402,9 +403,7 @@ class DiffusionModel(Sampling, BaseModel):
         for (role, _), n in self.calls.items():
             counts[f'calls_{role}'] += n
         logs = dict(logs, **{name: float(n) for name, n in counts.items()})
-        for extra in plugins.manager.hook.cdm_after_iteration(method=self, iteration=self.iteration, logs=logs):
-            logs.update(extra or {})
-        return logs
+        return dict(logs, **observe(self, self.iteration, logs, self._failed_observers))
 
 
 def frozen(network: nn.Module) -> nn.Module:
