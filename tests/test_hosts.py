@@ -1,6 +1,5 @@
 """Beside other people's MMEngine: a project of a foreign `default_scope` in environments of their own, from PyPI."""
 import json
-import math
 
 import pytest
 from environment_support import Environment, clean_copy, pip

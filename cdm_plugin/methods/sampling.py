@@ -14,6 +14,22 @@ from cdm_plugin.sampling import euler_sample, renoise_sample
 
 class Sampling:
     """The part of a method that samples: few steps by a role's network, and MMEngine's validation by them."""
+    # What the method has besides.
+    backbone: Any
+    main_role: Any
+    rollout: Any
+    seed: Any
+    latent_shape: Any
+    device: Any
+    math_dtype: Any
+    shift: Any
+    sample_sigmas: Any
+    null_condition: Any
+    velocity: Any
+    backbone_of: Any
+    validated: Any
+    validation_size: Any
+    _check_hook: Any
 
     def sample(self, condition: Condition, *args: Any, **kwargs: Any) -> Tensor:
         """Images from noise: `sample_latents`, decoded.
