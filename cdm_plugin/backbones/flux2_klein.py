@@ -51,6 +51,9 @@ class Flux2KleinBackbone(Backbone):
             raise ValueError(f'the network of model.backbone.pretrained={self.pretrained!r} has guidance_embeds='
                              f"{self.config['guidance_embeds']}: set model.backbone.type={fitting!r}")
 
+    def distilled_settings(self) -> dict[str, Any]:
+        return {} if self.embeds_guidance else dict(is_distilled=True)
+
     @property
     def lora_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         """All of the attention's; a block of the single stream has its own in one layer with the MLP's."""

@@ -31,6 +31,7 @@ class ZImageBackbone(Backbone):
     lora_targets = ('to_q', 'to_k', 'to_v', 'to_out.0')
     patch = 2
     takes_mask = True
+    whole_in_comfyui = True
     published_scheduler = dict(shift=6.0)
 
     def __init__(self, *args: Any, cfg_normalization: bool | NotNegative = 0.0, cfg_truncation: float = 1.0,

@@ -2,7 +2,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class BucketBatchSampler(Sampler):
 
     def __init__(self, sampler: Sampler, batch_size: int, sizes: Size | Sequence[Size],
                  image: str = 'image') -> None:
-        self.sampler: Any = sampler
+        self.sampler = cast(Any, sampler)
         self.batch_size = batch_size
         self.rank, self.world_size = get_dist_info()
         self.sizes = image_sizes(sizes, 'train_dataloader.batch_sampler.sizes')

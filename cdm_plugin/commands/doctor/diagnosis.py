@@ -21,6 +21,7 @@ from torch import Tensor
 
 import cdm_plugin  # noqa: F401  registers everything
 from cdm_plugin.assets import resolve
+from cdm_plugin.commands.doctor import distributions
 from cdm_plugin.commands.doctor.calls import expected_calls
 from cdm_plugin.commands.doctor.memory import (
     _accumulates,
@@ -33,6 +34,7 @@ from cdm_plugin.commands.doctor.memory import (
 from cdm_plugin.commands.doctor.meta import build_on_meta
 from cdm_plugin.commands.doctor.report import GPUS, Memory, Report, _numbers, _problems, _size
 from cdm_plugin.commands.doctor.sharding import SHARINGS, Sharing, chosen, data_parallel, memory
+from cdm_plugin.compat.packages import mmengine_distributions
 from cdm_plugin.config import check_config, naming_parts
 from cdm_plugin.engine import DistillationDeepSpeedStrategy
 from cdm_plugin.engine.deepspeed_config import MISSING, OWN_KEYS, settle_config
@@ -40,9 +42,10 @@ from cdm_plugin.engine.refusals import lost_gradients, missing_hook, refusals
 from cdm_plugin.methods import DiffusionModel, Distillation
 from cdm_plugin.registry import is_type
 from cdm_plugin.roles import attention
+from cdm_plugin.scopes import clashes
 from cdm_plugin.sigma_samplers import SigmaSampler
 
-PACKAGES = ('torch', 'mmengine', 'diffusers', 'transformers', 'peft', 'deepspeed', 'xformers', 'flash-attn',
+PACKAGES = ('torch', 'diffusers', 'transformers', 'peft', 'deepspeed', 'xformers', 'flash-attn',
             'bitsandbytes')
 
 
@@ -64,6 +67,7 @@ def diagnose(cfg: Config, gpus: int = 1, table: Sequence[int] = GPUS) -> Report:
     with _problems(report), naming_parts(cfg), DefaultScope.overwrite_default_scope(
             cfg.get('default_scope', 'mmengine')):
         check_config(cfg)
+        report.warnings += clashes(cfg.to_dict())
         refused = [*refusals(cfg, gpus), *missing_hook(cfg)]
         report.problems += refused
         method = build_on_meta(cfg.model.to_dict(), report)
@@ -196,6 +200,7 @@ def _describe_optimizer(cfg: dict[str, Any], wrapper: Any) -> str:
 
 def _versions() -> dict[str, str]:
     found = dict(python=platform.python_version())
+    found.update({distribution.metadata['Name']: distribution.version for distribution in mmengine_distributions()})
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -224,6 +229,8 @@ def _attention(method: DiffusionModel, wrappers: dict[str, Any]) -> str:
 
 def _check_surroundings(cfg: Config, report: Report) -> None:
     """Files, packages and processes."""
+    report.problems += filter(None, [distributions.problem()])
+    report.warnings += filter(None, [distributions.warning()])
     if 'strategy' in cfg and report.versions['deepspeed'] == 'not installed':
         report.problems.append(MISSING)
     elif is_type(cfg.get('strategy'), DistillationDeepSpeedStrategy, STRATEGIES):
