@@ -68,7 +68,7 @@ def check_load_keys(load_kwargs: dict[str, Any], key: str, cls: type) -> None:
     for name in load_kwargs:
         if name not in LOAD_KEYS:
             known = [n for base in cls.__mro__ if '__init__' in vars(base) and base.__module__.startswith('cdm_plugin')
-                     for n, p in inspect.signature(base.__init__).parameters.items()
+                     for n, p in inspect.signature(vars(base)['__init__']).parameters.items()
                      if n != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
             known = list(dict.fromkeys([*known, *LOAD_KEYS]))
             raise ValueError(f'{key}.{name} is unknown: {cls.__name__} takes {", ".join(known)}'

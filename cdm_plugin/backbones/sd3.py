@@ -37,7 +37,7 @@ class SD3Backbone(Backbone):
         'joint_blocks.{}.context_block.mlp.fc2': ['transformer_blocks.{}.ff_context.net.2']}
 
     @property
-    def patch(self) -> int:
+    def patch(self) -> int:  # type: ignore[override]
         """Latents a token covers, per side."""
         return self.config['patch_size']
 

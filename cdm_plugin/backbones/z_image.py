@@ -66,7 +66,7 @@ class ZImageBackbone(Backbone):
         return dict(encoder_hidden_states=self.config['cap_feat_dim'])
 
     def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: dict[str, Tensor]) -> Tensor:
-        texts, mask = fields['encoder_hidden_states'].unbind(), fields.get('encoder_hidden_states' + MASK)
+        texts, mask = list(fields['encoder_hidden_states'].unbind()), fields.get('encoder_hidden_states' + MASK)
         if mask is not None:
             texts = [text[own] for text, own in zip(texts, mask)]
         time = (1000 - 1000 * sigma) / 1000  # 1 - sigma, rounded as in the pipeline

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from yaml import YAMLError
 
 from cdm_plugin.backbones import Backbone
+from cdm_plugin.compat.packages import mmengine_distributions
 from cdm_plugin.export.job import CARD_FILE, FLOAT8, ExportJob, is_whole_pipeline, name_of
 from cdm_plugin.export.recipe import describe_recipe, how_to_sample, is_distilled
 from cdm_plugin.export.sd_scripts import SD_SCRIPTS_FILE
@@ -120,6 +121,9 @@ def _usage(job: ExportJob, staging: Path, text_config: dict[str, Any], prompts: 
             'for. A scheduler\'s config cannot carry them, and a pipeline\'s own levels for this number of steps may '
             'differ (of StableDiffusion3Pipeline\'s the last lies near 0).',
             'Guidance is built in: the call above has none on top of it, so each step is one network call.']
+        if job.method.rollout == 'renoise':
+            notes.append('Each step noises the estimate of the image anew (`stochastic_sampling` in the scheduler), as '
+                         'the student was trained to: `torch.manual_seed` before the call makes it repeatable.')
     call = _call_arguments(job, text_config)
     if 'guidance_scale' in call and hasattr(job.backbone, 'embedded_guidance'):
         notes.append('`guidance_scale` is the guidance that the network is told'
@@ -223,7 +227,7 @@ def _call_arguments(job: ExportJob, text_config: dict[str, Any]) -> dict[str, An
     """What a diffusers pipeline has to be told so that it samples as the student was trained to."""
     backbone, (sigmas, guidance) = job.backbone, how_to_sample(job)
     parameters = inspect.signature(backbone.pipeline_class().__call__).parameters
-    wanted = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas))
+    wanted: dict[str, Any] = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas))
     if is_distilled(job):
         wanted['sigmas'] = sigmas.tolist()
     wanted.update(backbone.pipeline_guidance(guidance))
@@ -236,8 +240,9 @@ def _call_arguments(job: ExportJob, text_config: dict[str, Any]) -> dict[str, An
 
 
 def _versions() -> dict[str, str]:
-    libraries = ('mmengine', 'torch', 'diffusers', 'transformers', 'peft', 'safetensors')
-    return {'cdm_plugin': __version__, **{name: importlib.metadata.version(name) for name in libraries}}
+    libraries = ('torch', 'diffusers', 'transformers', 'peft', 'safetensors')
+    return {'cdm_plugin': __version__, **{d.metadata['Name']: d.version for d in mmengine_distributions()},
+            **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -178,7 +178,7 @@ def _quiet_diffusers() -> Iterator[None]:
 
 
 def _recipe(job: ExportJob) -> dict[str, Any]:
-    return dict(image_size=job.image_size, sample_sigmas=how_to_sample(job)[0].tolist(),
+    return dict(image_size=job.image_size, sample_sigmas=how_to_sample(job)[0].tolist(), rollout=job.method.rollout,
                 recipe=describe_recipe(job))
 
 
@@ -191,8 +191,8 @@ def _write_pipeline(job: ExportJob, staging: Path, text_config: dict[str, Any]) 
     index = dict(backbone.pipeline_class().load_config(backbone.pretrained, **backbone._hub_kwargs))
     codec = _in_dtype(backbone, backbone.codec, backbone.codec.to_config(), dtype)
     conditioner = _in_dtype(backbone, backbone.conditioner, text_config, dtype)
-    components = dict(conditioner.pipeline.components, transformer=exported_network(job), scheduler=backbone.scheduler,
-                      vae=codec.vae)
+    components = dict(conditioner.pipeline.components, transformer=exported_network(job),
+                      scheduler=backbone.scheduler_for(job.method.rollout), vae=codec.vae)
     settings = {name: index[name] for name in inspect.signature(backbone.pipeline_class().__init__).parameters
                 if name in index and name not in components}  # plain data, which layers of a text encoder are taken
     if is_distilled(job):
@@ -299,7 +299,7 @@ def _write_lora(job: ExportJob, staging: Path, text_config: dict[str, Any]) -> N
         save_file(sd_scripts_lora({name.removeprefix(f'{PREFIX}.'): w for name, w in load_file(file).items()},
                                   job.method.base, backbone.sd_scripts_layers), staging / SD_SCRIPTS_FILE,
                   dict(format='pt'))
-    settings = dict(rank=lora.rank, alpha=lora.alpha)
+    settings: dict[str, Any] = dict(rank=lora.rank, alpha=lora.alpha)
     if lora.target_modules is not None:
         settings['target_modules'] = list(lora.target_modules)
     entries = dict(conditioner=text_config or None, codec=backbone.codec.to_config())

@@ -11,7 +11,7 @@ from cdm_plugin.registry import is_type, registered
 from cdm_plugin.sampling import step_sigmas
 
 # What the method that opened an exported folder knows itself; the rest is known from that folder alone.
-KNOWN_AGAIN = ('steps of inference', 'LoRA', 'dtype of the files')
+KNOWN_AGAIN = ('steps of inference', 'from step to step', 'LoRA', 'dtype of the files')
 
 
 def describe_recipe(job: ExportJob) -> dict[str, Any]:
@@ -50,6 +50,8 @@ def _of_method(job: ExportJob) -> dict[str, Any]:
         'method': type(trained).__name__, 'weights': 'moving average (EMA)' if job.ema else "the student's own",
         'iterations': job.iterations, 'student steps': method.student_ema.steps if method.student_ema else None,
         'steps of inference': f'{len(method.sample_sigmas)}, sigmas {method.sample_sigmas.tolist()}'}
+    if method.rollout != 'ode':
+        recipe['from step to step'] = 'x0 noised anew'
     if hasattr(trained, 'alpha'):
         recipe['alpha'] = f'{trained.alpha:g} (guidance scale {1 + trained.alpha:g})'
         recipe['losses'] = ', '.join(f'{name} ({type(loss).__name__}, weight {getattr(loss, "weight", 1):g})'

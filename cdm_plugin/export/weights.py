@@ -123,4 +123,4 @@ def write_safetensors(path: Path, shapes: Mapping[str, Tensor], value: Callable[
         file.write(len(text).to_bytes(8, 'little') + text)
         for name in names:
             tensor = value(name).detach().to('cpu', shapes[name].dtype)
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -103,7 +103,8 @@ class _Active:
     here: ContextVar['_Active | None'] = ContextVar('here', default=None)
 
     def __init__(self, layers: list[BaseTunerLayer], adapter: str | None) -> None:
-        self.layers, self.adapter, self.before = layers, adapter, []
+        self.layers, self.adapter = layers, adapter
+        self.before: list[Any] = []
 
     def __enter__(self) -> None:
         self.before.append((self.here.get(), [(layer._active_adapter, layer._disable_adapters)
@@ -313,8 +314,9 @@ def save_lora(role: AdapterRole, folder: str) -> Path:
     `pipeline.transformer.load_lora_adapter(folder, prefix='transformer', use_safetensors=True)`.
     """
     from diffusers.loaders import SD3LoraLoaderMixin  # takes seconds
-    config = {key: sorted(value) if isinstance(value, set) else value
-              for key, value in role.base.peft_config[role.adapter].to_dict().items()}
+    config: dict[str, Any] = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in role.base.peft_config[role.adapter].to_dict().items()}
     scale, config['lora_alpha'] = config['lora_alpha'] / config['r'], config['r']
     weights = get_peft_model_state_dict(role.base, adapter_name=role.adapter)
     # The format is that of every transformer pipeline; LongCat's has no saving method of its own.
