@@ -6,6 +6,7 @@ import pytest
 import recipes
 import torch
 from mmengine.registry import DefaultScope
+from plugin_support import make_site, site  # noqa: F401  fixtures
 
 
 def pytest_configure(config):

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from recipes import CDM, FLUX_LORA, SD35_LARGE, SD3_LORA, gpus_of, shipped
+from recipes import CDM, FLUX_LORA, SD3_LORA, SD35_LARGE, gpus_of, shipped
 
 from cdm_plugin.cli import main
 from cdm_plugin.commands.configs import recipes
