@@ -278,7 +278,7 @@ def test_two_plugins_train_from_a_config_that_imports_neither(reports):
 
 
 def test_the_command_of_a_plugin_is_listed_and_runs(installed, reports):
-    assert reports['command'].splitlines() == ['0: 8', '1: 8', '2: 8']
+    assert reports['command'].splitlines()[-3:] == ['0: 8', '1: 8', '2: 8']
     line = next(line for line in installed.run('cdm', '--help').stdout.splitlines() if line.split()[:1] == ['acme'])
     assert line.split(None, 1)[1] == "counts the samples of a config's dataset by prompt (acme-distillation)"
     assert 'acme  acme_distillation.command (acme-distillation 1.0)' in reports['table']
