@@ -31,6 +31,7 @@ from cdm_plugin import plugins
 from cdm_plugin.arguments import MAY_BE_INFINITE, Count, Limit, NotNegative, Positive, check_arguments, check_value
 from cdm_plugin.errors import USER_ERRORS, describe, did_you_mean
 from cdm_plugin.registry import class_of, registries
+from cdm_plugin.scopes import check_clash, check_importable
 from cdm_plugin.secrets import unmasked
 
 RECIPES = Path(__file__).parent / '.mim' / 'configs'
@@ -245,6 +246,9 @@ def _check_part(path: str, part: dict[str, Any], known: bool) -> bool:
     """
     name = part['type']
     found = {cls for registry in registries() if (cls := class_of(part, registry)) is not None}
+    if not found:
+        check_importable(name)
+    check_clash(path, part)
     if not found and (known if '.' not in name else name.split('.')[0] in LIBRARIES):
         names = {n for registry in registries() for n in registry.module_dict}
         raise ValueError(f'{path}.type={name!r} is not registered{did_you_mean(name.split(".")[-1], sorted(names))}'

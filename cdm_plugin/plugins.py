@@ -82,7 +82,7 @@ class _Manager(pluggy.PluginManager):
     """pluggy's manager. A plug-in that somebody imported first, and that imports cdm_plugin, has no hooks yet when
     `load` meets it: such ones are taken in before hooks are called."""
 
-    @property
+    @property  # type: ignore[misc]
     def hook(self) -> pluggy.HookRelay:
         if _infos:
             _load_waiting()
@@ -181,7 +181,8 @@ def _find() -> list[PluginInfo]:
         for point in place.entry_points.select(group=PROJECT):
             key, module = f'{name}:{point.name}', point.value.partition(':')[0].strip()
             _points[key] = point
-            found.append(PluginInfo(key, name, version, point.name, module, str(Path(place.locate_file('')).resolve())))
+            folder = Path(str(place.locate_file(''))).resolve()
+            found.append(PluginInfo(key, name, version, point.name, module, str(folder)))
     return found
 
 

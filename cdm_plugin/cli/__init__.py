@@ -13,8 +13,10 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,14 +116,14 @@ def _fill(command: CommandParser, module: Any) -> None:
     command.set_defaults(run=module.run)
 
 
-def _fill_from_plugin(command: CommandParser, found: PluginCommand, traceback: bool) -> None:
+def _fill_from_plugin(command: CommandParser, found: PluginCommand, shown: bool) -> None:
     """Ends the process in one line if the plug-in cannot be asked."""
     if found.problem:
         command.error(found.help)
     try:
         _fill(command, found.points[0].load())
     except (Exception, SystemExit) as error:
-        if traceback:
+        if shown:
             raise
         command.error(f'the command {found.name!r} of the distribution {found.distribution!r} cannot be loaded '
                       f'({type(error).__name__}: {" ".join(str(error).split())}): update or uninstall '
@@ -139,6 +141,21 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
     values = argparse.Namespace()
     DictAction(['--cfg-options'], 'options', nargs='+')(None, values, texts)
     return values.options
+
+
+def script() -> None:
+    """The script `cdm`: `main` in a process of its own, whose tracebacks have no secrets."""
+    sys.excepthook = _print_masked
+    sys.exit(main())
+
+
+def _print_masked(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    sys.stderr.write(_masked(''.join(traceback.format_exception(kind, error, place))))
+
+
+def _masked(text: str) -> str:
+    secrets = sys.modules.get('cdm_plugin.secrets')
+    return text if secrets is None else secrets.mask_text(text)  # without it, nothing that has any was read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,10 +184,10 @@ def _run(args: argparse.Namespace) -> int:
         full = files and files.full_disk(error)
         if shows_traceback(args.traceback) or not (full or isinstance(error, errors['USER_ERRORS'])):
             raise
-        text = errors['describe'](error)
+        text = ' '.join(errors['describe'](error).split())
         if full is not None:  # at any moment, so the error may say little
             text = (f'{full.strerror}{f", for {full.filename}" if full.filename else ""}: free some and call it again; '
                     'what was whole before is so still')
-        print(f'cdm {args.command}: {" ".join(text.split())} (cdm --traceback {args.command} ... shows where)',
+        print(f'cdm {args.command}: {_masked(text)} (cdm --traceback {args.command} ... shows where)',
               file=sys.stderr)
         return 2
