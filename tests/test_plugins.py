@@ -57,8 +57,8 @@ def test_own_parts_come_first_and_in_the_order_of_setup_py():
 
 def test_own_parts_state_what_they_registered():
     own = {info.entry_point: info.registered for info in plugins.loaded()}
-    assert {f'MODELS.{name}Loss' for name in ('CA', 'DM', 'CDM', 'FlowMatching', 'GAN', 'Reward', 'Regression')} == set(
-        own['losses'])
+    names = ('CA', 'DM', 'CDM', 'FlowMatching', 'GAN', 'Reward', 'Regression', 'TDM')
+    assert {f'MODELS.{name}Loss' for name in names} == set(own['losses'])
     assert {'TASK_UTILS.FixedTimeGrid', 'TASK_UTILS.DynamicTimeGrid'} <= set(own['time_grids'])
 
 
