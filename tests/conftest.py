@@ -10,6 +10,7 @@ from mmengine.config import config as mmengine_config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
+from plugin_support import make_site, site  # noqa: F401  fixtures
 
 
 def pytest_configure(config):

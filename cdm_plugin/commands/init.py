@@ -138,7 +138,9 @@ def _ask_for_missing(args: argparse.Namespace) -> None:
             args.method = _ask('method', methods, next(iter(methods)))
         if args.data is None:
             print(_table(DATA))
-            args.data = input(f'data{" [labels]" if args.model == LABELLED else ""}: ').strip() or 'labels'
+        while not args.data:
+            default = 'labels' if args.model == LABELLED else ''
+            args.data = input(f'data{f" [{default}]" if default else ""}: ').strip() or default
     except EOFError:
         raise ValueError('no answer: nothing is written') from None
 
