@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,9 +43,13 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
 
 
+M = TypeVar('M', bound='_Movable')
+
+
+@dataclass(frozen=True)
 class _Movable:
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32):
+    def to(self: M, device: torch.device, dtype: torch.dtype = torch.float32) -> M:
         """A copy on a device; floating-point tensors get the dtype."""
         return dataclasses.replace(self, **{
             f.name: _move(getattr(self, f.name), device, dtype) for f in dataclasses.fields(self)})

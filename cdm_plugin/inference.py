@@ -217,11 +217,11 @@ def _build(model: dict[str, Any], roles: Collection[str], hollow: bool) -> Diffu
     backbone: Backbone = MODELS.build(dict(settings.pop('backbone')))
     full = backbone.dtype in (torch.float32, torch.float64)  # otherwise diffusers may keep some weights in float32
     if hollow and full and 'lora' not in model and type(backbone).build_network is Backbone.build_network:
-        backbone.build_network = lambda: _hollow_network(backbone)
+        backbone.build_network = lambda dtype=None: _hollow_network(backbone)
     try:
         return DiffusionModel(backbone, **settings)
     finally:
-        vars(backbone).pop('build_network', None)
+        backbone.__dict__.pop('build_network', None)
 
 
 def _hollow_network(backbone: Backbone) -> nn.Module:

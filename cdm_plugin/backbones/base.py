@@ -71,7 +71,7 @@ class Backbone(ScheduledLevels, nn.Module):
             `token`, `force_download`, `use_safetensors`.
     """
     config_key = 'model.backbone'
-    network_class: type
+    network_class: type[Any]
     # Diffusers' pipeline of this architecture, by name: importing one takes seconds. None: there is none, and what is
     # exported is the network.
     pipeline_name: str | None = None
@@ -96,6 +96,11 @@ class Backbone(ScheduledLevels, nn.Module):
     # Whether some of the network's weights have no influence on what it gives, and so get no gradient: DDP has to look
     # for them.
     has_idle_weights: bool = False
+    # Whether ComfyUI reads the network's whole weights by diffusers' names; it reads LoRA files of all.
+    whole_in_comfyui: bool = False
+    # For LoRA files of sd-scripts: each of its layers, and those of diffusers that are one there, in the order of their
+    # rows; '{}' is the number of the block. Empty: it does not know the architecture.
+    sd_scripts_layers: Mapping[str, Sequence[str]] = {}
     # Of the published model, for `cdm doctor` where that is not on this machine: arguments of its scheduler and its
     # autoencoder. Its text encoders are the conditioner's to say.
     published_scheduler: dict[str, Any] = {}
@@ -205,7 +210,7 @@ class Backbone(ScheduledLevels, nn.Module):
                                  f'belongs to another architecture than {type(self).__name__} or to another config')
         return network
 
-    def pipeline_class(self) -> type:
+    def pipeline_class(self) -> type[Any]:
         """Diffusers' pipeline of this architecture."""
         return getattr(diffusers, self.pipeline_name)
 
@@ -218,6 +223,10 @@ class Backbone(ScheduledLevels, nn.Module):
     def pipeline_guidance(self, scale: float) -> dict[str, Any]:
         """Arguments of the pipeline's call that ask for classifier-free guidance of this scale; 1 is off."""
         return dict(guidance_scale=scale)
+
+    def distilled_settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline itself that turn guidance off in its default call; most have none."""
+        return {}
 
     def save_pretrained(self, network: ModelMixin | None, folder: str | Path, **recipe: Any) -> None:
         """Writes a folder that `pretrained` opens: the network and the scheduler in diffusers' layout (safetensors),
@@ -243,11 +252,13 @@ class Backbone(ScheduledLevels, nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(f'model.backbone.config={config!r} is no file: give the path of a diffusers '
                                         'config.json or the dimensions as a dict')
-            config = json.loads(path.read_text())
+            given = json.loads(path.read_text())
+        else:
+            given = dict(config or {})
         if self.pretrained is None:
-            return self._with_defaults(dict(config))
+            return self._with_defaults(given)
         loaded = self._pretrained_config()
-        for key, value in (config or {}).items():
+        for key, value in given.items():
             found = loaded.get(key)
             if not key.startswith('_') and (list(found) if isinstance(found, (list, tuple)) else found) != (
                     list(value) if isinstance(value, (list, tuple)) else value):

@@ -11,6 +11,11 @@ from cdm_plugin.flow import shift_sigmas, stretch_sigmas
 
 class ScheduledLevels:
     """What a backbone knows of its scheduler: how it is loaded, and its shift of noise levels."""
+    # What the backbone has besides.
+    pretrained: Any
+    scheduler: Any
+    tokens: Any
+    _hub_kwargs: Any
 
     def _load_scheduler(self, scheduler: dict[str, Any] | None) -> FlowMatchEulerDiscreteScheduler:
         if scheduler is not None or self.pretrained is None:

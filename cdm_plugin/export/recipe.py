@@ -5,7 +5,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from cdm_plugin.backbones.parts import read_parts
-from cdm_plugin.export.job import ExportJob, is_whole_pipeline, name_of
+from cdm_plugin.export.job import FLOAT8, ExportJob, is_whole_pipeline, name_of
 from cdm_plugin.methods import DiffusionModel, FlowMatching
 from cdm_plugin.registry import is_type, registered
 from cdm_plugin.sampling import step_sigmas
@@ -60,7 +60,8 @@ def _of_method(job: ExportJob) -> dict[str, Any]:
     if method.lora is not None:
         recipe['LoRA'] = f'rank {method.lora.rank}, alpha {method.lora.alpha:g}' + (', fused' if job.fuse else '')
     if not job.as_lora:
-        recipe['dtype of the files'] = name_of(job.target_dtype)
+        linear = f'{name_of(FLOAT8)} (linear layers), ' if job.dtype == FLOAT8 else ''
+        recipe['dtype of the files'] = linear + name_of(job.target_dtype)
     return {key: value for key, value in recipe.items() if value is not None}
 
 

@@ -86,7 +86,7 @@ class DirectionLoss(ScoreLoss):
         if self.space == 'velocity':
             loss = loss / inputs.prediction.sigma.square()
         return loss, dict(clamp=clamp_share(reference_norm(x0, reference), self.min_norm),
-                          left_out=sum((~values.isfinite()).sum() for values in (delta, reference)))
+                          left_out=(~delta.isfinite()).sum() + (~reference.isfinite()).sum())
 
 
 @MODELS.register_module()

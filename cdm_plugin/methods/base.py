@@ -11,12 +11,12 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from cdm_plugin import plugins
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
 from cdm_plugin.draws import Rollout, stream
 from cdm_plugin.methods.overrides import arguments_of
 from cdm_plugin.methods.phases import Iteration, Phase, passed_through, take_turn
+from cdm_plugin.methods.plugin_hooks import observe
 from cdm_plugin.methods.sampling import Sampling
 from cdm_plugin.roles.anchor_aware import anchored
 from cdm_plugin.roles.attention import set_attention
@@ -95,14 +95,15 @@ class DiffusionModel(Sampling, BaseModel):
         self.iteration: int | None = None
         self.seed: int | None = None
         self.updated: dict[str, bool | Tensor] = {}
-        self.student_ema = None
+        self._failed_observers: set[str] = set()
+        self.student_ema: Any = None
         self.anchor_sigma: Tensor | None = None
         self.validated, self.validation_size = 0, None
         self.config: Any = None
         self.autocast_dtype: torch.dtype | None = None
         self.calls: Counter = Counter()
         self.call_samples: Counter = Counter()
-        self._optim_wrapper = None
+        self._optim_wrapper: Any = None
         self._training_role: str | None = None
         self._null: Condition | None = None
         self.register_state_dict_post_hook(self._drop_frozen)
@@ -118,7 +119,7 @@ class DiffusionModel(Sampling, BaseModel):
     def build_trained(self, role: str) -> nn.Module:
         """The network of a trained denoiser: an adapter of the base, or weights of its own."""
         if self.base is not None:
-            return self.lora.add(self.base, role, self.backbone.lora_targets)
+            return self.lora.add(self.base, role, list(self.backbone.lora_targets))
         network = self.start_backbone().build_network().requires_grad_(True)
         if self.activation_checkpointing:
             network.enable_gradient_checkpointing()
@@ -167,8 +168,8 @@ class DiffusionModel(Sampling, BaseModel):
         Raises:
             ValueError: If that kernel cannot run there.
         """
-        networks = [getattr(self, role) for role in self.denoisers if hasattr(self, role)]
-        networks = dict.fromkeys(getattr(unwrap(network), 'base', network) for network in networks)
+        roles = [getattr(self, role) for role in self.denoisers if hasattr(self, role)]
+        networks = dict.fromkeys(getattr(unwrap(network), 'base', network) for network in roles)
         for network in networks:
             kernel, why = set_attention(network, self.backbone.attention, self.device, dtype or dtype_of(network),
                                         training, self.backbone.takes_mask)
@@ -290,7 +291,7 @@ class DiffusionModel(Sampling, BaseModel):
         backbone = self.backbone_of(role)
         with recorded(self.blocks_of(role, blocks)) as outputs:
             velocity = self.velocity(role, x, sigma, condition, anchor_sigma)
-        return velocity, [backbone.feature_map(output, tuple(x.shape[-2:])) for output in outputs]
+        return velocity, [backbone.feature_map(output, (x.shape[-2], x.shape[-1])) for output in outputs]
 
     def blocks_of(self, role: str, blocks: Sequence[int] | None) -> list[nn.Module]:
         """Some blocks of a role's network; arguments as in `features`.
@@ -402,9 +403,7 @@ class DiffusionModel(Sampling, BaseModel):
         for (role, _), n in self.calls.items():
             counts[f'calls_{role}'] += n
         logs = dict(logs, **{name: float(n) for name, n in counts.items()})
-        for extra in plugins.manager.hook.cdm_after_iteration(method=self, iteration=self.iteration, logs=logs):
-            logs.update(extra or {})
-        return logs
+        return dict(logs, **observe(self, self.iteration, logs, self._failed_observers))
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ import torch
 from mmengine.registry import MODELS, TASK_UTILS
 from torch import Tensor, nn
 
-from cdm_plugin import plugins
 from cdm_plugin.arguments import Count, Share
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
@@ -23,6 +22,7 @@ from cdm_plugin.losses.direction import Guidance
 from cdm_plugin.methods.base import DiffusionModel, frozen
 from cdm_plugin.methods.overrides import leave_aside, override_losses, override_time_grid
 from cdm_plugin.methods.phases import Iteration, Phase
+from cdm_plugin.methods.plugin_hooks import blaming, plugin_losses
 from cdm_plugin.pretrained import check_dtype
 from cdm_plugin.registry import class_of
 from cdm_plugin.roles.anchor_aware import make_anchor_aware
@@ -161,14 +161,12 @@ class Distillation(DiffusionModel):
 
     def _build_losses(self, overrides: dict[str, Any]) -> nn.ModuleDict:
         configs = self.default_losses()
-        for extra in plugins.manager.hook.cdm_student_losses(method=self):
-            for name, cfg in (extra or {}).items():
-                if name in configs:
-                    raise ValueError(f'two plug-ins give a student loss named {name!r}, or {type(self).__name__} has '
-                                     'one itself: rename it in the plug-in, or set CDM_DISABLE_PLUGINS=1')
-                configs[name] = cfg
-        losses = nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in override_losses(
-            type(self).__name__, configs, overrides).items()})
+        outside = plugin_losses(self, configs)
+        configs.update({name: cfg for name, (cfg, _) in outside.items()})
+        losses = nn.ModuleDict()
+        for name, cfg in override_losses(type(self).__name__, configs, overrides).items():
+            with blaming(outside[name][1] if name in outside else None, f'its student loss, model.losses.{name}'):
+                losses[name] = MODELS.build(cfg)
         for name, loss in losses.items():
             if any(p.requires_grad for p in loss.parameters()):
                 raise ValueError(f'model.losses.{name} ({type(loss).__name__}) has weights to train: build them in '
@@ -212,7 +210,8 @@ class Distillation(DiffusionModel):
         networks that losses train."""
         losses, judge = self.active_losses.values(), self.fake_judge
         through = [role for loss in losses for role in (*loss.through, loss.role, 'fake' if loss.on_fake else None)]
-        fake, judges = dict(steps=self.fake_steps, stepped=self._merge), ()
+        fake: dict[str, Any] = dict(steps=self.fake_steps, stepped=self._merge)
+        judges: tuple[Phase, ...] = ()
         if judge is not None:
             fake.update(through=(judge.role,), draw=partial(self._fake_draw, judge))
             judges = (Phase(judge.role, partial(self.role_loss, judge), steps=self.fake_steps),)

@@ -14,6 +14,22 @@ from cdm_plugin.sampling import euler_sample, renoise_sample
 
 class Sampling:
     """The part of a method that samples: few steps by a role's network, and MMEngine's validation by them."""
+    # What the method has besides.
+    backbone: Any
+    main_role: Any
+    rollout: Any
+    seed: Any
+    latent_shape: Any
+    device: Any
+    math_dtype: Any
+    shift: Any
+    sample_sigmas: Any
+    null_condition: Any
+    velocity: Any
+    backbone_of: Any
+    validated: Any
+    validation_size: Any
+    _check_hook: Any
 
     def sample(self, condition: Condition, *args: Any, **kwargs: Any) -> Tensor:
         """Images from noise: `sample_latents`, decoded.
@@ -49,7 +65,7 @@ class Sampling:
         if noise is None:
             noise = torch.randn(self.latent_shape(len(condition)), generator=stream(0, 'sample'))
         noise, condition = noise.to(self.device, self.math_dtype), condition.to(self.device)
-        sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas, tuple(noise.shape[2:]))
+        sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas, (noise.shape[-2], noise.shape[-1]))
         anchors = noise.new_full((len(noise),), float(sigmas[-1] if anchor_sigma is None else anchor_sigma))
         null = self.null_condition(len(noise)) if guidance_scale != 1 else None
 
@@ -58,8 +74,8 @@ class Sampling:
                 return self.velocity(role, x, sigma, condition, anchors)
             both = self.velocity(role, torch.cat([x, x]), torch.cat([sigma, sigma]),
                                  Condition.cat([condition, null]), torch.cat([anchors, anchors]))
-            backbone = self.backbone_of(role)
-            return backbone.guide(*both.chunk(2), backbone.guidance_at(guidance_scale, sigma))
+            (conditional, unconditional), backbone = both.chunk(2), self.backbone_of(role)
+            return backbone.guide(conditional, unconditional, backbone.guidance_at(guidance_scale, sigma))
 
         network = unwrap(getattr(self, role))
         training = network.training
