@@ -22,7 +22,7 @@ SHIPPED = sorted(str(p.relative_to(RECIPES)) for p in RECIPES.glob('digits/*.py'
 
 def test_the_digits_recipes_are_shipped():
     starts = [name.split('/')[1].split('_')[0] for name in SHIPPED]
-    assert sorted(starts) == ['cdm', 'cdm-fixed-grid', 'decoupled-dmd', 'dmd2', 'dmd2-gan', 'teacher']
+    assert sorted(starts) == ['cdm', 'cdm-fixed-grid', 'decoupled-dmd', 'dmd2', 'dmd2-gan', 'tdm', 'teacher']
 
 
 @pytest.mark.parametrize('recipe', SHIPPED)
