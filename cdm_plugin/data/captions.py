@@ -1,7 +1,7 @@
 """The prompt of a sample: its place in a row, one of several captions, templates, prompts that are left out."""
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ def _filled(template: str, caption: str) -> str:
     return template.replace('{}', caption)
 
 
-def every_variant(read: Any) -> Iterator[Any]:
+def every_variant(read: Callable[[], Any]) -> Iterator[Any]:
     """A sample with each prompt that may be drawn for it, in a fixed order: captions, in each template, then the empty
     one.
 
@@ -138,17 +138,20 @@ def every_variant(read: Any) -> Iterator[Any]:
     Yields:
         The sample, once a prompt.
     """
-    with _enumerating() as enumeration:
-        while enumeration.number < enumeration.count:
-            yield read()
-            enumeration.number += 1
+    enumeration = _Enumeration()
+    while enumeration.number < enumeration.count:
+        with _taking(enumeration):
+            sample = read()
+        yield sample
+        enumeration.number += 1
 
 
 @contextlib.contextmanager
-def _enumerating() -> Iterator[_Enumeration]:
+def _taking(enumeration: _Enumeration) -> Iterator[None]:
+    """Instead of drawing; not while others go on, between two samples."""
     global _enumeration
-    before, _enumeration = _enumeration, _Enumeration()
+    before, _enumeration = _enumeration, enumeration
     try:
-        yield _enumeration
+        yield
     finally:
         _enumeration = before

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 
-from cdm_plugin.data.hub_source import open_source, raw_sample
+from cdm_plugin.data.hub_source import named, open_source, raw_sample
 from cdm_plugin.data.pack_inputs import PackInputs
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.data.stream import Stream
@@ -48,7 +48,7 @@ class HFStream(Stream):
 
     @property
     def fingerprint(self) -> str:
-        return f'path={self.path!r}, split={self.split!r}, {self.num_shards} shards'
+        return f'path={self.path!r}, split={self.split!r}{named(self.options)}, {self.num_shards} shards'
 
     def read(self, shard: int) -> Iterator[tuple[str, Any]]:
         where = f'{type(self).__name__} path={self.path!r}, split={self.split!r}, shard {shard} of {self.num_shards}'

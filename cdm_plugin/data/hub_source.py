@@ -7,6 +7,7 @@ from cdm_plugin.assets import resolve
 from cdm_plugin.data.images import open_image
 from cdm_plugin.data.optional import needed
 from cdm_plugin.errors import describe
+from cdm_plugin.secrets import without_secrets
 
 
 def open_source(kind: str, path: str, split: str, streaming: bool, options: Mapping[str, Any]) -> Any:
@@ -35,20 +36,26 @@ def open_source(kind: str, path: str, split: str, streaming: bool, options: Mapp
                 if split not in found:
                     raise ValueError(f'there is no split {split!r}, only {", ".join(found)}')
                 found = found[split]
+            elif split != 'train':
+                raise ValueError('it was saved without splits: leave `split` out')
             found = found.to_iterable_dataset(num_shards=max(1, len(found.cache_files))) if streaming else found
         else:
             found = library.load_dataset(str(folder) if folder.exists() else path, split=split, streaming=streaming,
                                          **options)
     except Exception as error:  # the library's builders raise of many kinds
         raise ValueError(f'{kind} cannot open path={path!r}, split={split!r}'
-                         f'{"".join(f", {key}={value!r}" for key, value in options.items() if key != "token")} '
-                         f'({describe(error)})') from error
+                         f'{named(options)} ({describe(error)})') from error
     if not isinstance(found, (library.Dataset, library.IterableDataset)):
         raise ValueError(f'`split` of {kind} must name one split, but {split!r} gives a {type(found).__name__}')
     for name, feature in (found.features or {}).items():
         if isinstance(feature, library.Image):
             found = found.cast_column(name, library.Image(decode=False))
     return found
+
+
+def named(options: Mapping[str, Any]) -> str:
+    """Options as they go on in a message."""
+    return ''.join(f', {key}={value!r}' for key, value in without_secrets(dict(options)).items())
 
 
 def raw_sample(row: Mapping[str, Any], features: Mapping[str, Any] | None, where: str) -> dict[str, Any]:

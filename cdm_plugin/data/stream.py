@@ -15,6 +15,8 @@ from cdm_plugin.data.sample import Sample, SampleError
 
 # Field of a packed sample with the position of its reader behind it, as text, which every collate function keeps.
 POSITION = '__position__'
+# What MMEngine's hooks, which ask each loader for its length, are told.
+ENDLESS = 2**40
 # Passes in a row in which a reader may have drawn nothing but empty shards.
 EMPTY = 100
 
@@ -83,6 +85,9 @@ class Stream(IterableDataset):
     def decode(self, record: Any) -> dict[str, Any]:
         """Makes the raw sample of a record."""
         return dict(record)
+
+    def __len__(self) -> int:
+        return ENDLESS
 
     def go_on(self, positions: Mapping[int, Position], worker: int) -> None:
         """Lets the stream go on where it stopped.
