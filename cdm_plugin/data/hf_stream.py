@@ -25,7 +25,7 @@ class HFStream(Stream):
         split (str): Likewise. Default 'train'.
         options (Mapping): Likewise. Default none.
         pipeline (Sequence): Transforms. Default `PackInputs`.
-        **kwargs: `shuffle`, `share` and `seed` of `Stream`.
+        **kwargs: `shuffle`, `share`, `seed` and `max_bad` of `Stream`.
 
     Raises:
         ImportError: If the package `datasets` is missing.

@@ -1,5 +1,6 @@
 """Records that are read in the order in which they lie, from shards: what streams of every library share."""
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from annotated_types import Ge
 from mmengine.dataset import Compose
 from mmengine.dist import get_dist_info
+from mmengine.logging import print_log
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cdm_plugin.data.captions import VISIT, every_variant
@@ -56,6 +58,8 @@ class Stream(IterableDataset):
             come equally often at any time, at the price that each reader reads all files; by shards one that has read
             its own begins its next pass while others are in this one. Default None: shards, if there are enough.
         seed (int): Of the order. Default 0.
+        max_bad (int): Records that a reader leaves out because they cannot be read, each named in the log, before it
+            ends the run; of a file that is damaged, all that follows counts as one. Default 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,8 +67,10 @@ class Stream(IterableDataset):
     metainfo: Mapping[str, Any] = {}
 
     def __init__(self, pipeline: Sequence[dict | Callable], shuffle: Annotated[int, Ge(0)] = 0,
-                 share: Literal['shards', 'samples'] | None = None, seed: int = 0) -> None:
+                 share: Literal['shards', 'samples'] | None = None, seed: int = 0,
+                 max_bad: Annotated[int, Ge(0)] = 0) -> None:
         self.pipeline, self.shuffle, self.share, self.seed = Compose(pipeline), shuffle, share, seed
+        self.max_bad, self._bad = max_bad, 0
         self.rank, self.world_size = get_dist_info()  # here: a worker that is spawned does not know
         self.go_on({}, 0)
 
@@ -104,9 +110,10 @@ class Stream(IterableDataset):
         worker = (self._next_worker + (0 if info is None else info.id)) % workers
         records = self._records(self.rank * workers + worker, self.world_size * workers,
                                 self._positions.get(worker, Position()))
-        # A map goes on behind a record that has failed; a generator would have ended.
-        samples = map(lambda found: self._sample(*found[:2], json.dumps([worker, *found[2]])), records)
-        return filter(_is_there, samples)
+        for visit, found, position in records:
+            for sample in self._samples(visit, found):
+                sample[POSITION] = json.dumps([worker, *position])
+                yield sample
 
     def once(self, variants: bool = False) -> Iterator[dict[str, Any]]:
         """All samples in one pass of one reader, which is not the training's.
@@ -115,22 +122,30 @@ class Stream(IterableDataset):
             variants (bool): Whether a sample comes with each prompt that may be drawn for it. Default False.
         """
         for visit, found, _ in self._records(0, 1, Position(), endless=False):
-            samples = every_variant(lambda: self._sample(visit, found)) if variants else [self._sample(visit, found)]
-            yield from filter(_is_there, samples)
+            yield from self._samples(visit, found, variants)
 
-    def _sample(self, visit: str, found: tuple[str, Any], position: str | None = None) -> dict[str, Any] | None:
-        where, record = found
+    def _samples(self, visit: str, found: tuple[str, Any], variants: bool = False) -> Iterator[dict[str, Any]]:
+        """What a record gives: one sample, one a variant, or none."""
         try:
-            sample = self.pipeline({**self.decode(record), VISIT: visit})
+            for sample in every_variant(lambda: self._sample(visit, *found)) if variants else [
+                    self._sample(visit, *found)]:
+                if sample is not None:
+                    yield sample
         except SampleError as error:
-            raise SampleError(f'{where}: {error}') from error
+            self._leave_out(SampleError(f'{found[0]}: {error}'))
+
+    def _leave_out(self, error: SampleError) -> None:
+        self._bad += 1
+        if self._bad > self.max_bad:
+            raise error
+        print_log(f'left out, because it cannot be read: {error}', 'current', level=logging.WARNING)
+
+    def _sample(self, visit: str, where: str, record: Any) -> dict[str, Any] | None:
+        sample = self.pipeline({**self.decode(record), VISIT: visit})
         if sample is not None and not isinstance(sample, Mapping):
-            raise SampleError(f'{where}: the pipeline of {type(self).__name__} gives a {type(sample).__name__}, but '
-                              'must give a sample (a dict), or None to leave it out')
-        if sample is not None and position is not None:
-            sample = Sample(sample)
-            sample[POSITION] = position
-        return sample
+            raise SampleError(f'the pipeline of {type(self).__name__} gives a {type(sample).__name__}, but must give '
+                              'a sample (a dict), or None to leave it out')
+        return None if sample is None else Sample(sample)
 
     def _records(self, reader: int, readers: int, start: Position,
                  endless: bool = True) -> Iterator[tuple[str, tuple[str, Any], Position]]:
@@ -143,7 +158,7 @@ class Stream(IterableDataset):
             shards = self._order(turn)[reader::readers] if by_shard else self._order(turn)
             window, begin, before = [], Position(turn, shard, row, seen), seen
             for shard in range(shard, len(shards)):
-                for record in islice(self.read(shards[shard]), row, None):
+                for record in self._rest(shards[shard], row):
                     row += 1
                     if seen % every == mine:
                         window.append((f'{self.seed}/{turn}/{shards[shard]}/{row}', record))
@@ -160,6 +175,13 @@ class Stream(IterableDataset):
             if not endless:
                 return
             turn, shard, row, taken = turn + 1, 0, 0, 0
+
+    def _rest(self, shard: int, row: int) -> Iterator[tuple[str, Any]]:
+        """The records of a shard from one on."""
+        try:
+            yield from islice(self.read(shard), row, None)
+        except SampleError as error:  # of the file: what follows cannot be read
+            self._leave_out(error)
 
     def _mixed(self, window: list[Any], begin: Position) -> Iterator[tuple[str, tuple[str, Any], Position]]:
         """The rest of a window, in its order."""
@@ -182,7 +204,3 @@ class Stream(IterableDataset):
                              f'{readers} readers (ranks x workers): lower train_dataloader.num_workers, or set '
                              "'samples'")
         return self.share != 'samples' and self.num_shards >= readers
-
-
-def _is_there(sample: Any) -> bool:
-    return sample is not None

@@ -30,7 +30,7 @@ class WebDataset(Stream):
             (http(s), s3 and gs by `pipe:`, hf), with braces, 'https://host/train-{0000..0127}.tar'.
         data_root (str): Folder that relative paths start from. Default ''.
         pipeline (Sequence): Transforms. Default `PackInputs`.
-        **kwargs: `shuffle`, `share` and `seed` of `Stream`.
+        **kwargs: `shuffle`, `share`, `seed` and `max_bad` of `Stream`.
 
     Raises:
         ImportError: If the package `webdataset` is missing.

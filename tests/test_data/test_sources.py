@@ -179,6 +179,10 @@ def test_bad_tars_are_named(tars, tmp_path):
     (tmp_path / 'cut.tar').write_bytes(whole[:len(whole) // 2 + 700])
     with pytest.raises(SampleError, match='cut.tar, behind 0.*: cannot be read further'):
         samples(web(tmp_path))
+    rest = (tmp_path / 'more.tar')
+    shutil.copy(tars / '002.tar', rest)
+    assert pairs(web(tmp_path, max_bad=2)) == [PAIRS[0], *PAIRS[4:]]
+    rest.unlink()
     (tmp_path / 'cut.tar').write_text('<html>')
     with pytest.raises(SampleError, match='cut.tar: cannot be read further .ReadError'):
         samples(web(tmp_path))

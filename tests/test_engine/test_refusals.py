@@ -41,11 +41,12 @@ REFUSED = {
                            "optim_wrapper.type='AmpOptimWrapper' .* optim_wrapper.student.type; .*cdm train --amp"),
     'one optimizer': (dict(optim_wrapper=wrapper()), 'optim_wrapper needs constructor=.*: student, fake'),
     'no constructor': (dict(optim_wrapper=dict(student=wrapper(), fake=wrapper())), 'optim_wrapper needs constructor='),
-    'a sampler for a stream': (
-        dict(train_dataloader=STREAM), "train_dataloader.sampler must be None, because HFStream has an order of its own"),
+    'a sampler for a stream': (dict(train_dataloader=STREAM),
+                               'train_dataloader.sampler must be None, because HFStream has an order of its own'),
     'no sampler for a stream': (
         dict(train_dataloader={k: v for k, v in STREAM.items() if k != 'sampler'}), 'sampler must be None'),
-    'epochs of a stream': (dict(train_dataloader=dict(STREAM, sampler=None), train_cfg=dict(by_epoch=True, max_epochs=1)),
+    'epochs of a stream': (dict(train_dataloader=dict(STREAM, sampler=None),
+                                train_cfg=dict(by_epoch=True, max_epochs=1)),
                            "dataset.type='HFStream' has no end, and train_cfg counts epochs"),
     'validation on a stream': (dict(val_dataloader=STREAM, val_cfg=dict(), val_evaluator=[]),
                                "val_dataloader.dataset.type='HFStream' has no end: take a dataset with a length"),

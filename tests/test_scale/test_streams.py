@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import Runner
 from scale_support import init_gloo, launch
 from stream_support import shards
@@ -25,7 +25,8 @@ class ReadHook(Hook):
             meta['name'] for meta in data_batch['meta']]
 
 
-class Labelled:
+@TRANSFORMS.register_module()
+class LabelledRecord:
     """The records' names as `meta`, and a class label."""
 
     def __call__(self, sample):
@@ -41,7 +42,7 @@ def train(folder, name, iterations, resume, shuffle):
         train_dataloader=dict(
             batch_size=3, num_workers=2, sampler=None, dataset=dict(
                 type='CountedStream', lengths=LENGTHS, shuffle=shuffle, pipeline=[
-                    dict(type=Labelled), dict(type='PackInputs', meta=['name'])])),
+                    dict(type='LabelledRecord'), dict(type='PackInputs', meta=['name'])])),
         optim_wrapper=dict(constructor='DistillationOptimWrapperConstructor', student=optimizer, fake=optimizer),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=iterations),
         custom_hooks=[dict(type='CDMHook'), dict(type='ReadHook')],
@@ -78,4 +79,5 @@ def test_two_ranks_of_two_workers_go_on_to_the_sample_with_nothing_lost_or_twice
 
 def readers_of(lengths, number):
     """By hand: shard s is that of reader s modulo their number."""
-    return [[name for name in shards(lengths) if int(name.split('/')[0]) % number == reader] for reader in range(number)]
+    return [[name for name in shards(lengths) if int(name.split('/')[0]) % number == reader]
+            for reader in range(number)]

@@ -11,12 +11,13 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import HOOKS, STRATEGIES, DefaultScope
+from mmengine.registry import DATASETS, HOOKS, STRATEGIES, DefaultScope
 from torch import Tensor
 
 import cdm_plugin  # noqa: F401  registers everything
@@ -34,12 +35,13 @@ from cdm_plugin.commands.doctor.meta import build_on_meta
 from cdm_plugin.commands.doctor.report import GPUS, Memory, Report, _numbers, _problems, _size
 from cdm_plugin.commands.doctor.sharding import SHARINGS, Sharing, chosen, data_parallel, memory
 from cdm_plugin.config import check_config, naming_parts
+from cdm_plugin.data import HFDataset, HFStream, WebDataset
 from cdm_plugin.engine import DistillationDeepSpeedStrategy
 from cdm_plugin.engine.deepspeed_config import OWN_KEYS, settle_config
 from cdm_plugin.engine.refusals import refusals
 from cdm_plugin.hooks import CDMHook
 from cdm_plugin.methods import DiffusionModel, Distillation
-from cdm_plugin.registry import is_type
+from cdm_plugin.registry import class_of, is_type
 from cdm_plugin.roles import attention
 from cdm_plugin.sigma_samplers import SigmaSampler
 
@@ -246,6 +248,13 @@ def _check_surroundings(cfg: Config, report: Report) -> None:
                                      if not path.startswith('asset:') else path))
                 if not where.exists():
                     report.problems.append(f'train_dataloader.dataset: {key}={path!r} does not exist')
+        package = {HFDataset: 'datasets', HFStream: 'datasets', WebDataset: 'webdataset'}.get(class_of(part, DATASETS))
+        if package and find_spec(package) is None:
+            report.problems.append(f"train_dataloader.dataset: {part['type']} needs the package {package}: pip install "
+                                   "'cdm_plugin[data]'")
+        elif is_type(part, WebDataset, DATASETS):
+            with _problems(report):  # its files, of which it reads none
+                DATASETS.build({**part, 'pipeline': []})
     hooks = _dicts([cfg.get('custom_hooks'), cfg.get('default_hooks')])
     if not any(is_type(hook, CDMHook, HOOKS) for hook in hooks):
         report.problems.append("custom_hooks needs dict(type='CDMHook')")
