@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.registry import DATASETS, DefaultScope
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
@@ -120,7 +120,7 @@ def dataset_of(cfg: Any, key: str) -> Any:
         dataset = DATASETS.build(found)
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
-    if not hasattr(dataset, '__len__') or not len(dataset):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__') or not len(dataset):
         raise ValueError(f'{key} must have a length of 1 or more, so that pair i is of sample i')
     return dataset
 
