@@ -214,6 +214,9 @@ def test_autoencoder_equals_diffusers(tiny):
     assert codec.scale == tiny.scale
     assert torch.allclose(codec.encode(images), latents, rtol=0, atol=1e-5)
     assert torch.allclose(codec.decode(latents), decoded.clamp(-1, 1), rtol=0, atol=1e-5)
+    lazy = tiny.method(backbone=dict(codec=dict(lazy=True))).backbone.codec
+    assert not lazy.loaded and lazy.scale == codec.scale and not list(lazy.parameters())
+    assert torch.equal(lazy.decode(latents), codec.decode(latents)) and lazy.loaded
 
 
 # The network's parts that a backbone names
