@@ -214,6 +214,8 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
     row = next((row for _, row in read_rows(str(file), 'prompt')), None)
     if row is None:
         raise ValueError(f'--data {args.data!r} holds no prompts')
+    if isinstance(row, ValueError):
+        raise row
     column = args.column or _column(row, [name for name in PROMPT_COLUMNS if name in row] or list(row), '--column')
     if args.column and args.column not in row and '.' not in args.column:
         raise ValueError(f'--column {args.column!r}: {file} has {", ".join(row)}')

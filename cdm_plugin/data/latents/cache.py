@@ -147,7 +147,8 @@ class _Job:
     def __init__(self, folder: Path, source: Any, key: str, index: dict[str, Any], sizes: list[tuple[int, int]],
                  codec: Any) -> None:
         self.folder, self.key, self.index, self.sizes, self.codec = folder, key, index, sizes, codec
-        self.views, self.done = _Views(source, index['seed']), {}
+        self.views = _Views(source, index['seed'])
+        self.done: dict[Place, None] = {}
         self.waiting: dict[tuple[int, int], list[tuple[Place, str, Tensor]]] = {}  # pictures, by size
         self.encoded: dict[tuple[int, int], list[tuple[Place, str, int, Tensor]]] = {}  # their latents
 
@@ -227,7 +228,7 @@ class _Job:
         with tqdm(total=len(places) + len(self.done), initial=len(self.done), desc='encoding', unit='picture') as bar:
             for place, sample in loader:
                 place, prompt, image = self._sample(tuple(place), sample)
-                size = tuple(image.shape[1:])
+                size = (image.shape[1], image.shape[2])
                 waiting = self.waiting.setdefault(size, [])
                 waiting.append((place, str(prompt), image))
                 full = len(waiting) + len(self.encoded.get(size, ())) == self.index['shard_size']
