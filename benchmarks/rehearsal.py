@@ -67,6 +67,9 @@ MODELS = {
                         {'model.backbone.conditioner.max_sequence_length': 16}),
     'z-image': Model('z-image/cdm_lora_z-image_1xb4_4step_2k.py', 'save_tiny_z_image',
                      lambda tiny, folder: dict(text_encoder=tiny.qwen3_encoder(_tokenizer(folder), 2560))),
+    'flux2-klein-4b': Model('flux2/cdm_lora_flux2-klein-4b_1xb4_4step_2k.py', 'save_tiny_klein',
+                            lambda tiny, folder: dict(text_encoder=tiny.qwen3_encoder(
+                                _tokenizer(folder), 2560, 28, tiny.Qwen3ForCausalLM))),
     'longcat-image': Model('longcat/cdm_lora_longcat-image_1xb4_4step_2k.py', 'save_tiny_longcat',
                            lambda tiny, folder: dict(text_encoder=tiny.qwen_encoder(_tokenizer(folder), 3584))),
 }

@@ -105,7 +105,7 @@ class VAECodec(Codec):
     Attributes:
         vae (nn.Module): The autoencoder; asking for it reads it.
     """
-    vae_class: type = AutoencoderKL
+    vae_class: type[Any] = AutoencoderKL
 
     def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', lazy: bool = False,
                  **load_kwargs: Any) -> None:

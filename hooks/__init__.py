@@ -14,11 +14,12 @@ from cdm_plugin.hooks.precision_hook import PrecisionHook
 from cdm_plugin.hooks.sample_grid_hook import SampleGridHook
 from cdm_plugin.hooks.scalars_hook import ScalarsHook
 from cdm_plugin.hooks.signal_hook import SignalHook
+from cdm_plugin.hooks.stream_hook import StreamHook
 from cdm_plugin.hooks.student_ema_hook import StudentEMAHook
 from cdm_plugin.hooks.validation_grid_hook import ValidationGridHook
 from cdm_plugin.hooks.validation_hook import ValidationHook
 
 __all__ = ['AnchorHistogramHook', 'BadRecordsHook', 'CDMHook', 'CollapseWatchHook', 'ConfigCheckHook', 'DataCheckHook',
            'IterationHook', 'LoadCheckHook', 'NonFiniteHook', 'PipelineExportHook', 'PlainCheckpointHook',
-           'PrecisionHook', 'SampleGridHook', 'ScalarsHook', 'SignalHook', 'StudentEMAHook', 'ValidationGridHook',
-           'ValidationHook', 'method_of']
+           'PrecisionHook', 'SampleGridHook', 'ScalarsHook', 'SignalHook', 'StreamHook', 'StudentEMAHook',
+           'ValidationGridHook', 'ValidationHook', 'method_of']

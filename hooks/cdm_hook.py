@@ -17,6 +17,7 @@ from cdm_plugin.hooks.plain_checkpoint_hook import PlainCheckpointHook
 from cdm_plugin.hooks.precision_hook import PrecisionHook
 from cdm_plugin.hooks.scalars_hook import ScalarsHook
 from cdm_plugin.hooks.signal_hook import SignalHook
+from cdm_plugin.hooks.stream_hook import StreamHook
 from cdm_plugin.hooks.student_ema_hook import StudentEMAHook
 from cdm_plugin.hooks.validation_hook import ValidationHook
 
@@ -46,6 +47,7 @@ class CDMHook(HookGroup):
             *([] if ema_decay is None else [StudentEMAHook(ema_decay)]),
             ValidationHook(),
             DataCheckHook(),
+            StreamHook(),
             BadRecordsHook(),
             ScalarsHook(),
             AnchorHistogramHook(histogram_interval),

@@ -3,7 +3,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.logging import print_log
@@ -68,7 +68,7 @@ class SkipBadRecords(Dataset):
         self.limit = limit
         self.left_out: list[str] = []
         with _leaving_out(self.left_out):
-            self.dataset = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
+            self.dataset: Any = DATASETS.build(dataset) if isinstance(dataset, Mapping) else cast(Any, dataset)
             if hasattr(self.dataset, 'full_init'):
                 self.dataset.full_init()
         if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, '__len__'):

@@ -147,8 +147,9 @@ _ENCODER_ADVICE = 'write all text embeddings with one text encoder and one dtype
 
 def _check_batch(batch: dict[str, Any], data: Mapping[str, Any]) -> None:
     if 'prompt' not in batch and not batch.get('condition'):
+        other = "; this has gone through another library's PackInputs" if 'data_samples' in data else ''
         raise ValueError(f"a batch needs 'prompt' or 'condition', but has {sorted(map(str, data))}: name the field of "
-                         "the prompts in the dataset's pipeline, dict(type='PackInputs', prompt=...)")
+                         f"the prompts in the dataset's pipeline, dict(type='mmengine.PackInputs', prompt=...){other}")
     rows = {f'condition.{name}': len(values) for name, values in batch.get('condition', {}).items()}
     rows.update({name: len(batch[name]) for name in ('prompt', 'source', *MAPS) if name in batch})
     rows.update({f'meta.{name}': len(values) for name, values in batch.get('meta', {}).items()})

@@ -1,4 +1,4 @@
-"""The dress rehearsal with one block of SD3's network: every step from the build to the card's own code."""
+"""The dress rehearsal with one block of each kind of a network: every step from the build to the card's own code."""
 import dataclasses
 import importlib.util
 import json
@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SMALL = {'model.backbone.config.num_layers': 1, 'model.backbone.config.num_attention_heads': 1,
-         'model.backbone.config.caption_projection_dim': 64}
+SMALL = {
+    'sd3-medium': dict(num_layers=1, num_attention_heads=1, caption_projection_dim=64),
+    'flux2-klein-4b': dict(num_layers=1, num_single_layers=1, num_attention_heads=1)}
 
 
 def load():
@@ -20,14 +21,16 @@ def load():
 
 
 @pytest.mark.slow
-def test_every_step_from_the_build_to_diffusers(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('name', SMALL)
+def test_every_step_from_the_build_to_diffusers(name, tmp_path, monkeypatch, capsys):
     rehearsal = load()
-    model = rehearsal.MODELS['sd3-medium']
-    model = dataclasses.replace(model, keys={**model.keys, **SMALL})
-    monkeypatch.setitem(rehearsal.MODELS, 'sd3-medium', model)
+    model = rehearsal.MODELS[name]
+    small = {f'model.backbone.config.{key}': value for key, value in SMALL[name].items()}
+    model = dataclasses.replace(model, keys={**model.keys, **small})
+    monkeypatch.setitem(rehearsal.MODELS, name, model)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     rehearsal.build(model, tmp_path / 'base')
-    rows = rehearsal.rehearse('sd3-medium', tmp_path / 'base', tmp_path / 'work', pixels=64, iterations=2, max_steps=2)
+    rows = rehearsal.rehearse(name, tmp_path / 'base', tmp_path / 'work', pixels=64, iterations=2, max_steps=2)
     assert [row['step'].split()[0] for row in rows] == ['doctor', 'train', 'resume', 'sample', 'export', 'open']
     assert all(row['seconds'] > 0 and row['gib'] > 0.1 for row in rows)
     # VAE of 84 million weights in float32, as the doctor counts it.

@@ -3,6 +3,7 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from cdm_plugin.assets import resolve
 from cdm_plugin.condition import MASK, Condition
 from cdm_plugin.conditioners import EmbeddingConditioner
+from cdm_plugin.data.captions import every_variant, is_encodable
 from cdm_plugin.data.embeddings.dataset import EmbeddingDataset
 from cdm_plugin.data.embeddings.files import (
     INDEX,
@@ -33,6 +35,7 @@ from cdm_plugin.data.embeddings.files import (
 )
 from cdm_plugin.data.embeddings.provenance import describe_difference, describe_encoder, index_differences
 from cdm_plugin.data.mix import WeightedMixDataset
+from cdm_plugin.data.stream import Stream
 from cdm_plugin.files import clear_parts
 from cdm_plugin.locks import held
 from cdm_plugin.registry import is_type
@@ -75,8 +78,9 @@ def cache_embeddings(cfg: Config, out: str, batch_size: int = 32, shard_size: in
     `null.safetensors`; and `index.json`, which says what they hold. After a kill, the same call goes on behind the last
     finished shard.
 
-    A dataset whose samples give another prompt each time they are read (drawn among captions, left out now and then)
-    is refused: training would ask for prompts that were not drawn here. For those, write one caption a row.
+    Of a sample whose prompt is drawn by `PackInputs` (one of several captions, a template, the empty text) every
+    prompt that may be drawn is encoded. A dataset that draws them by itself is refused: training would ask for prompts
+    that were not drawn here. For those, write one caption a row.
 
     Args:
         cfg (Config): A training config, with `model.backbone` and the dataset.
@@ -152,17 +156,17 @@ def read_prompts(cfg: Config, key: str) -> list[str]:
     dataset, _ = open_dataset(cfg, key)
     if isinstance(dataset, WeightedMixDataset):
         dataset = torch.utils.data.ConcatDataset(dataset.datasets)
-    samples = (dataset[i] for i in range(len(dataset)))
     prompts = dict.fromkeys(_prompt(sample, key) for sample in tqdm(
-        samples, total=len(dataset), desc='reading prompts', unit='prompt', leave=False))
+        _every_sample(dataset, key), desc='reading prompts', unit='prompt', leave=False))
     if not prompts:
         raise ValueError(f'{key} holds no prompts')
-    for i in range(min(len(dataset), DRAWN_TWICE)):
-        first, second = (_prompt(dataset[i], key) for _ in range(2))
+    twice = (islice(_every_sample(dataset, key), DRAWN_TWICE) for _ in range(2))
+    for i, (first, second) in enumerate(zip(*(map(_prompt, samples, repeat(key)) for samples in twice))):
         if first != second:
             raise ValueError(f'{key} draws its prompts: sample {i} is {_shorten(first)!r} once and '
                              f'{_shorten(second)!r} the next time, and training would ask for prompts that are not in '
-                             'the cache: write one caption a row, and cache all of them')
+                             'the cache: let PackInputs draw (a list of captions, template, dropout), whose prompts '
+                             'are all encoded, or write one caption a row')
     return list(prompts)
 
 
@@ -170,7 +174,7 @@ def open_dataset(cfg: Config, key: str) -> tuple[Any, Any]:
     """A dataset of a config, without repetitions, and what the config says of it.
 
     Raises:
-        ValueError: If there is no such dataset, it has embeddings or latents, or no length.
+        ValueError: If there is no such dataset, or it has embeddings or latents.
     """
     dataset_cfg: Any = cfg
     for part in key.split('.'):
@@ -190,9 +194,18 @@ def open_dataset(cfg: Config, key: str) -> tuple[Any, Any]:
         raise
     while isinstance(dataset, RepeatDataset):
         dataset = dataset.dataset
+    return dataset, dataset_cfg.to_dict() if hasattr(dataset_cfg, 'to_dict') else dataset_cfg
+
+
+def _every_sample(dataset: Any, key: str) -> Iterator[Any]:
+    """The samples of a dataset, each with every prompt that may be drawn for it."""
+    if isinstance(dataset, Stream):
+        yield from dataset.once(variants=True)
+        return
     if not hasattr(dataset, '__len__'):
         raise ValueError(f'{key} is a stream without a length, which may never end: name a dataset with a length')
-    return dataset, dataset_cfg.to_dict() if hasattr(dataset_cfg, 'to_dict') else dataset_cfg
+    for i in range(len(dataset)):
+        yield from every_variant(lambda: dataset[i])
 
 
 def _prompt(sample: Any, key: str) -> str:
@@ -207,11 +220,9 @@ def _prompt(sample: Any, key: str) -> str:
     if not isinstance(prompt, str):
         raise ValueError(f'{key} gives class labels as prompts ({prompt!r}), but only texts have embeddings to cache: '
                          'name a dataset of texts')
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
+    if not is_encodable(prompt):
         raise ValueError(f'{key}: the prompt {prompt[:80]!r} holds half of a surrogate pair (a cut emoji), which no '
-                         'tokenizer takes; mend it or delete the row') from None
+                         'tokenizer takes; mend it or delete the row')
     return prompt
 
 
@@ -257,7 +268,8 @@ class _Encoder:
         return Counter(getattr(self.conditioner, 'truncated', None) or {})
 
     def _checked(self, condition: Condition, names: list[str]) -> Fields:
-        fields = {name: self._check_field(name, tensor, names) for name, tensor in condition.fields.items()}
+        fields: dict[str, Any] = {
+            name: self._check_field(name, tensor, names) for name, tensor in condition.fields.items()}
         for name in condition.masked:  # the padding of a batch is no part of a text
             fields[name] = [row[own.bool()] for row, own in zip(fields[name], fields.pop(name + MASK))]
         return fields

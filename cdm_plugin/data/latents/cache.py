@@ -98,6 +98,9 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
     root = Path(resolve(out))
     with held(root, 'cdm cache'), DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         source, source_cfg = open_dataset(cfg, dataset)
+        if not hasattr(source, '__len__'):
+            raise ValueError(f'{dataset} is a stream without a length, whose samples have no numbers: name a dataset '
+                             'with a length')
         if isinstance(source, WeightedMixDataset):
             raise ValueError(f'{dataset} is a mix, whose proportions are no matter of a cache: cache each source by '
                              f'itself, --dataset {dataset}.sources.{source.names[0]}.dataset')
@@ -144,7 +147,8 @@ class _Job:
     def __init__(self, folder: Path, source: Any, key: str, index: dict[str, Any], sizes: list[tuple[int, int]],
                  codec: Any) -> None:
         self.folder, self.key, self.index, self.sizes, self.codec = folder, key, index, sizes, codec
-        self.views, self.done = _Views(source, index['seed']), {}
+        self.views = _Views(source, index['seed'])
+        self.done: dict[Place, None] = {}
         self.waiting: dict[tuple[int, int], list[tuple[Place, str, Tensor]]] = {}  # pictures, by size
         self.encoded: dict[tuple[int, int], list[tuple[Place, str, int, Tensor]]] = {}  # their latents
 
@@ -224,7 +228,7 @@ class _Job:
         with tqdm(total=len(places) + len(self.done), initial=len(self.done), desc='encoding', unit='picture') as bar:
             for place, sample in loader:
                 place, prompt, image = self._sample(tuple(place), sample)
-                size = tuple(image.shape[1:])
+                size = (image.shape[1], image.shape[2])
                 waiting = self.waiting.setdefault(size, [])
                 waiting.append((place, str(prompt), image))
                 full = len(waiting) + len(self.encoded.get(size, ())) == self.index['shard_size']
