@@ -8,7 +8,7 @@ from mmengine.registry import HOOKS
 from torch.utils.data import DataLoader, IterableDataset
 
 from cdm_plugin.condition import Condition
-from cdm_plugin.data import check_cache, check_channel_order, check_pictures
+from cdm_plugin.data import check_cache, check_channel_order, check_latents, check_pictures
 from cdm_plugin.draws import randomness_kept
 from cdm_plugin.hooks.method import method_of
 
@@ -34,8 +34,8 @@ class DataCheckHook(Hook):
         """Encodes the first sample, and looks at some pictures.
 
         Raises:
-            ValueError: If there is none, its embeddings do not go with the model, a loss cannot do with it, or pictures
-                are not in [-1, 1].
+            ValueError: If there is none, its embeddings or latents do not go with the model, a loss cannot do with it,
+                or pictures are not in [-1, 1].
         """
         self._batch_sizes.clear()
         self._compared = False
@@ -46,6 +46,7 @@ class DataCheckHook(Hook):
             raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
         check_batches(runner.train_dataloader)
         check_cache(dataset, method.backbone)
+        check_latents(dataset, method.backbone.codec)
         check_channel_order(dataset)
         with randomness_kept():  # so that the data come as without a look
             samples = [dataset[i] for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT))]

@@ -21,6 +21,7 @@ from cdm_plugin.data.embeddings.files import (
     read_indexed_header,
     write_embeddings,
 )
+from cdm_plugin.data.latents import LatentDataset
 from cdm_plugin.data.sample import Sample, SampleError
 from cdm_plugin.files import whole_file
 from cdm_plugin.registry import is_type
@@ -89,6 +90,11 @@ class PairDataset(Dataset):
                              'run `cdm pairs` again, it completes the folder')
         self._reader = EmbeddingReader()
 
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """What MMEngine's wrappers ask of a dataset."""
+        return getattr(self.dataset, 'metainfo', {})
+
     def full_init(self) -> None:
         """MMEngine's name for loading the dataset."""
         if hasattr(self.dataset, 'full_init'):
@@ -108,19 +114,20 @@ class PairDataset(Dataset):
 
 
 def dataset_of(cfg: Any, key: str) -> Any:
-    """The dataset at a key of a config; of a PairDataset, the one inside."""
+    """The dataset at a key of a config; of a PairDataset or a LatentDataset, the one inside."""
     found = cfg
     for part in key.split('.'):
         found = found.get(part) if hasattr(found, 'get') else None
     if found is None:
-        raise ValueError(f'the config has no {key!r}: it names the dataset whose prompts the teacher draws')
-    found = found['dataset'] if is_type(found, PairDataset, DATASETS) else found
+        raise ValueError(f'the config has no {key!r}: it names the dataset whose samples are taken')
+    while is_type(found, (PairDataset, LatentDataset), DATASETS):
+        found = found['dataset']
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         dataset = DATASETS.build(found)
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
     if not hasattr(dataset, '__len__') or not len(dataset):
-        raise ValueError(f'{key} must have a length of 1 or more, so that pair i is of sample i')
+        raise ValueError(f'{key} must have a length of 1 or more, so that what is made can be told apart by its number')
     return dataset
 
 

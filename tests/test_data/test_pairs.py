@@ -58,6 +58,9 @@ def test_pairs_go_round_the_dataset_and_keep_what_samples_hold(tmp_path):
     read = dataset(tmp_path / 'more')
     assert [read[i]['prompt'] for i in range(8)] == [read.dataset[i % 6]['prompt'] for i in range(8)]
     assert not torch.equal(read[0]['pair_noise'], read[6]['pair_noise'])
+    twice = DATASETS.build(dict(type='RepeatDataset', times=2, dataset=dict(
+        type='PairDataset', dataset=LABELS, data_root=str(tmp_path / 'more'))))  # a wrapper of MMEngine's
+    assert len(twice) == 16 and torch.equal(twice[9]['pair_noise'], read[1]['pair_noise'])
     other = dataset(tmp_path / 'more', num_classes=3)
     with pytest.raises(ValueError, match="pair 3 of .*more was made for '3', but the dataset has '0' there"):
         other[3]
