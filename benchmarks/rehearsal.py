@@ -47,7 +47,7 @@ class Model:
             the pipeline's name of each.
         keys (dict): Config keys for small images: shorter texts, for example.
         cached (dict): At small images, shapes of cached embeddings by field: they stand for texts that are always long.
-            Sampling still encodes. Default: none.
+            Sampling still encodes, and so takes one step. Default: none.
     """
     recipe: str
     tiny: str
@@ -193,7 +193,8 @@ def rehearse(name: str, folder: Path, work: Path, pixels: int, iterations: int,
     step('resume', [*cdm, 'train', model.recipe, '--work-dir', str(run), '--resume', *options,
                     f'train_cfg.max_iters={iterations + 2}'])
     checkpoint = ['--checkpoint', str(run)]
-    step('sample', [*cdm, 'sample', model.recipe, *checkpoint, '--prompts', PROMPTS[0], '--num', '1', '--out',
+    steps = ['--steps', '1'] if model.cached and pixels < SMALL else []
+    step('sample', [*cdm, 'sample', model.recipe, *checkpoint, '--prompts', PROMPTS[0], '--num', '1', *steps, '--out',
                     str(work / 'samples'), *options])
     step('export', [*cdm, 'export', model.recipe, *checkpoint, '--out', str(lora), *options], lora)
     code = re.search(r'```python\n(.*?)```', (lora / 'README.md').read_text(), re.DOTALL).group(1)

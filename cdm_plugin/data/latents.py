@@ -48,7 +48,7 @@ class LatentDataset(Dataset):
         data_root (str): Their folder.
 
     Attributes:
-        probe (list): Of the codec that made them, see `probe`.
+        probe (dict): Of the codec that made them, see `probe`.
 
     Raises:
         FileNotFoundError: If the folder has no latents.
@@ -107,16 +107,22 @@ class LatentDataset(Dataset):
         return Sample(sample, latents=self._reader.read(path, row)['latents'])
 
 
-def probe(codec: Codec) -> list[float]:
-    """What a codec makes of one picture: mean and deviation of each channel's latents. It tells codecs apart, wherever
-    they lie and in whatever dtype they are."""
-    device = next((p.device for p in codec.parameters()), torch.device('cpu'))
-    side = 4 * codec.scale
-    ramp = torch.linspace(-1, 1, side, device=device)
-    channels = getattr(getattr(getattr(codec, 'vae', None), 'config', None), 'in_channels', 3)
-    picture = torch.stack([ramp[:, None] * ramp.roll(7 * i)[None] for i in range(channels)])[None]
-    latents = codec.encode(picture)[0].float()
-    return [*latents.mean((1, 2)).tolist(), *latents.std((1, 2)).tolist()]
+def probe(codec: Codec, channels: int) -> dict[str, Any]:
+    """What a codec makes of one picture of so many channels: mean and deviation of its latents' channels, `values`. It
+    tells codecs apart, wherever they lie and in whatever dtype they are."""
+    ramp = torch.linspace(-1, 1, 4 * codec.scale, device=_device(codec))
+    picture = torch.stack([ramp[:, None] * ramp.roll(7 * i)[None] for i in range(channels)])
+    latents = codec.encode(picture[None])[0].float()
+    return dict(channels=channels, values=[*latents.mean((1, 2)).tolist(), *latents.std((1, 2)).tolist()])
+
+
+def _is_made_by(made: dict[str, Any], codec: Codec) -> bool:
+    there, here = (torch.tensor(found['values']) for found in (made, probe(codec, made['channels'])))
+    return there.shape == here.shape and bool((there - here).norm() <= TOLERATED * here.norm())
+
+
+def _device(codec: Codec) -> torch.device:
+    return next((p.device for p in codec.parameters()), torch.device('cpu'))
 
 
 def check_latents(dataset: Any, codec: Codec) -> None:
@@ -124,15 +130,9 @@ def check_latents(dataset: Any, codec: Codec) -> None:
     for part in getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]:
         if part is not None:
             check_latents(part, codec)
-    if isinstance(dataset, LatentDataset):
-        if not _alike(dataset.probe, probe(codec)):
-            raise ValueError(f'another codec than model.backbone.codec made the latents in {dataset.root}: run '
-                             '`cdm cache --latents` with this config into another folder')
-
-
-def _alike(there: list[float], here: list[float]) -> bool:
-    a, b = torch.tensor(there), torch.tensor(here)
-    return a.shape == b.shape and bool((a - b).norm() <= TOLERATED * b.norm())
+    if isinstance(dataset, LatentDataset) and not _is_made_by(dataset.probe, codec):
+        raise ValueError(f'another codec than model.backbone.codec made the latents in {dataset.root}: run '
+                         '`cdm cache --latents` with this config into another folder')
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
@@ -146,14 +146,15 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
         return None
     try:
         index = json.loads(path.read_text(encoding='utf-8'))
-        version, shards, _ = index['version'], index['shards'], [index[key] for key in ('count', 'scale', 'probe')]
-        _ = [entry['samples'] for entry in shards]
+        whole = {'version', 'count', 'scale', 'probe'} <= set(index) and all(e['samples'] for e in index['shards'])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path} is damaged: delete the folder and run `cdm cache --latents` again') from None
-    if version != VERSION:
-        raise ValueError(f'{path} has version {version!r}, but this cdm_plugin reads version {VERSION}: update '
-                         'cdm_plugin, or make the folder again')
-    check_shards(path, shards)
+        whole = False
+    if not whole:
+        raise ValueError(f'{path} is damaged: delete the folder and run `cdm cache --latents` again')
+    if index['version'] != VERSION:
+        raise ValueError(f'{path} has version {index["version"]!r}, but this cdm_plugin reads version {VERSION}: '
+                         'update cdm_plugin, or make the folder again')
+    check_shards(path, index['shards'])
     return index
 
 
@@ -179,8 +180,9 @@ def cache_latents(codec: Codec, dataset: Any, out: str, batch_size: int = 8, sha
     """
     folder = Path(out)
     with held(folder, 'cdm cache'):
-        index = _open_index(folder, dict(version=VERSION, count=len(dataset), dtype=dtype, shard_size=shard_size,
-                                         scale=codec.scale, probe=probe(codec)))
+        index = _open_index(folder, codec, dict(
+            version=VERSION, count=len(dataset), dtype=dtype, shard_size=shard_size, scale=codec.scale,
+            probe=probe(codec, len(_picture(dataset, 0)[0]))))
         done = {sample for entry in index['shards'] for sample in entry['samples']}
         reused = len(index['shards'])
         _check_not_drawn(dataset)
@@ -218,8 +220,8 @@ class _Shard:
             self._encode()
 
     def _encode(self) -> None:
-        device = next((p.device for p in self.codec.parameters()), torch.device('cpu'))
-        self._latents.append(self.codec.encode(torch.stack(self._images).to(device)).to('cpu', self.dtype))
+        images = torch.stack(self._images).to(_device(self.codec))
+        self._latents.append(self.codec.encode(images).to('cpu', self.dtype))
         self._images.clear()
 
     def write(self, folder: Path, index: dict[str, Any]) -> None:
@@ -234,12 +236,12 @@ class _Shard:
             part.write_text(json.dumps(index, indent=1) + '\n', encoding='utf-8')
 
 
-def _open_index(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _open_index(folder: Path, codec: Codec, wanted: dict[str, Any]) -> dict[str, Any]:
     """The index of an earlier run, with the shards that are whole, or a new one."""
     index = read_index(folder) or dict(wanted, shards=[])
     differences = [f'{key}: {index.get(key)!r} there, {value!r} here' for key, value in wanted.items()
                    if key != 'probe' and index.get(key) != value]
-    differences += [] if _alike(index['probe'], wanted['probe']) else ['of another codec']
+    differences += [] if _is_made_by(index['probe'], codec) else ['of another codec']
     if differences:
         raise ValueError(f'--out {folder} holds other latents ({"; ".join(differences)}): choose another folder or '
                          'delete it')
