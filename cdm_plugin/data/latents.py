@@ -56,7 +56,7 @@ class LatentDataset(Dataset):
     """
 
     def __init__(self, dataset: dict[str, Any] | Dataset, data_root: str) -> None:
-        self.dataset = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
+        self.dataset: Any = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
         self.full_init()
         self.root = Path(resolve(data_root))
         index = read_index(self.root)
