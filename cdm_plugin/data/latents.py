@@ -70,13 +70,16 @@ class LatentDataset(Dataset):
             size = tuple(index['scale'] * side for side in header.fields['latents'][0][1:])
             self.rows.update((sample, (path, row, prompt, size)) for row, (sample, prompt) in enumerate(
                 zip(entry['samples'], header.prompts)))
-        if len(self.rows) != index['count']:
-            raise ValueError(f'`data_root` {self.root} is unfinished: it has {len(self.rows)} of {index["count"]} '
-                             'pictures; run `cdm cache --latents` again, it completes the folder')
-        if len(self.dataset) != index['count']:
-            raise ValueError(f'`data_root` {self.root} has latents of {index["count"]} pictures, but the dataset has '
-                             f'{len(self.dataset)} samples: give the dataset that `cdm cache --latents` had')
+        self._check_length(index['count'])
         self._reader = EmbeddingReader()
+
+    def _check_length(self, count: int) -> None:
+        if len(self.rows) != count:
+            raise ValueError(f'`data_root` {self.root} is unfinished: it has {len(self.rows)} of {count} '
+                             'pictures; run `cdm cache --latents` again, it completes the folder')
+        if len(self.dataset) != count:
+            raise ValueError(f'`data_root` {self.root} has latents of {count} pictures, but the dataset has '
+                             f'{len(self.dataset)} samples: give the dataset that `cdm cache --latents` had')
 
     @property
     def metainfo(self) -> dict[str, Any]:
