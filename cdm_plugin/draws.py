@@ -229,3 +229,14 @@ def randomness_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def drawn_by(*key: Any) -> Iterator[None]:
+    """Context in which Python's, NumPy's and torch's random numbers are a function of the key."""
+    number = int(torch.randint(2**32, (), generator=stream('drawn', *key)))
+    with randomness_kept():
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        yield

@@ -25,7 +25,7 @@ TYPES = {'cdm-consistent': 'CDM', 'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD',
 DATA = {
     'prompts.txt': 'a prompt a line',
     'prompts.jsonl': 'an object a line, or a csv file; --column names the prompts, --images the folder of its pictures',
-    'FOLDER': 'pictures, with one jsonl or csv file of their captions',
+    'FOLDER': 'pictures, with one jsonl or csv file of their captions, or a txt file beside each',
     'labels': 'of models that take class labels: all of them alike',
     'digits.npz': 'of models that take class labels: arrays `images` and `labels`'}
 # These learn from pictures; the others need what the model is told alone.
@@ -36,6 +36,9 @@ LABELLED = 'sd3-digits'
 SUFFIXES = ('.txt', '.jsonl', '.csv')
 PROMPT_COLUMNS = ('prompt', 'caption', 'text')
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
+RESIZE = dict(type='ResizeCrop', sizes=1024)
+RESIZED = 'Your pictures, brought to the size of `model.image_size`, with their captions'
+LEFT_OUT = '; their pictures are left out, since this method needs none'
 
 
 @dataclass
@@ -182,6 +185,8 @@ def _data(args: argparse.Namespace) -> Data:
         hint = f'; did you mean {str(path.with_name(near[0]))!r}?' if near else ''
         raise FileNotFoundError(f'--data {args.data!r} does not exist{hint} {args.model} takes texts: a txt, jsonl or '
                                 'csv file of prompts, or a folder of pictures with captions')
+    if path.is_dir() and _has_texts_beside(path):
+        return _folder(path, pictures)
     file = _captions(path) if path.is_dir() else path
     if file.suffix.lower() not in SUFFIXES:
         raise ValueError(f'--data {args.data!r}: {args.model} takes texts, from a {", ".join(SUFFIXES)} file')
@@ -200,12 +205,30 @@ def _labelled(data: str, pictures: bool) -> Data:
     return Data(dict(_delete_=True, type='ImageLabelDataset', data_file=data), 'Your pictures and their labels')
 
 
+def _has_texts_beside(folder: Path) -> bool:
+    """Whether pictures have their captions beside them, and no table does."""
+    from cdm_plugin.data.image_caption_folder import pictures_in
+    first = next(pictures_in(folder), None)
+    return first is not None and first.with_suffix('.txt').is_file() and not _tables(folder)
+
+
+def _folder(folder: Path, pictures: bool) -> Data:
+    pipeline = [dict(type='PackInputs', image='image'), RESIZE] if pictures else [dict(type='PackInputs')]
+    return Data(dict(_delete_=True, type='ImageCaptionFolder', data_root=str(folder), pipeline=pipeline),
+                RESIZED if pictures else f'Your captions{LEFT_OUT}')
+
+
+def _tables(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES[1:])
+
+
 def _captions(folder: Path) -> Path:
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES[1:])
+    found = _tables(folder)
     if len(found) != 1:
         has = f'has {", ".join(path.name for path in found)}' if found else 'has none'
         raise ValueError(f'--data {str(folder)!r} must hold one jsonl or csv file of captions, {{"image": "0001.png", '
-                         f'"caption": "a red fox"}} a line, but {has}; --data takes the file itself too')
+                         f'"caption": "a red fox"}} a line, or a txt file beside each picture, but {has}; --data '
+                         'takes the file itself too')
     return found[0]
 
 
@@ -222,8 +245,7 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
     named = {} if column == 'prompt' else dict(column=column)
     if not pictures:
         images = any(_is_image(value) for value in row.values())
-        return Data(dict(ann_file=str(file), **named), 'Your prompts' + (
-            '; their pictures are left out, since this method needs none' if images else ''))
+        return Data(dict(ann_file=str(file), **named), f'Your prompts{LEFT_OUT if images else ""}')
     image = args.image_column or _column(row, [name for name, value in row.items() if _is_image(value)],
                                          '--image-column')
     if image not in row:
@@ -234,8 +256,7 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
         raise FileNotFoundError(f'{file}: its first picture, {row[image]!r}, is not in '
                                 f'{" or ".join(map(str, places))}; --images names its folder')
     return Data(dict(ann_file=str(file), data_root='', **named, data_prefix={image: str(place)},
-                     pipeline=[dict(type='PackInputs', image=image), dict(type='ResizeCrop', sizes=1024)]),
-                'Your pictures, brought to the size of `model.image_size`, with their captions')
+                     pipeline=[dict(type='PackInputs', image=image), RESIZE]), RESIZED)
 
 
 def _is_image(value: Any) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 from recipes import shipped
@@ -29,6 +29,9 @@ def folder(tmp_path, monkeypatch):
         Image.new('RGB', (24, 20), 'teal').save(f'mine/images/{name}')
     rows = [dict(caption='a red fox', image='a.png', source='web'), dict(caption='dogs and birds', image='b.png')]
     Path('mine/captions.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    Path('beside/more').mkdir(parents=True)
+    Image.new('RGB', (24, 20), 'teal').save('beside/more/a.png')
+    Path('beside/more/a.txt').write_text('a red fox')
     return tmp_path
 
 
@@ -142,6 +145,14 @@ def test_the_same_recipe_is_the_base_alone(folder):
     cfg = load_config('own.py')
     assert cfg.optim_wrapper.discriminator == cfg.optim_wrapper.fake
     assert cfg.train_dataloader.dataset.data_prefix == dict(image='mine/images')
+
+
+@pytest.mark.parametrize('method, image', [('cdm', False), ('flow-matching', True)])
+def test_captions_beside_pictures(method, image, folder):
+    assert call(*flags('sd3-medium', method, 'beside')) == 0
+    dataset = DATASETS.build(load_config('own.py').train_dataloader.dataset)
+    assert type(dataset).__name__ == 'ImageCaptionFolder' and dataset[0]['prompt'] == 'a red fox'
+    assert ('image' in dataset[0]) == image and len(dataset) == 1
 
 
 @pytest.mark.parametrize('words, message', [

@@ -12,14 +12,15 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from PIL import Image
+from stream_support import CountedStream  # noqa: F401  registers it
 from tests_support import recording_optimizers, same_bits, tiny_backbone, tiny_method
 
 from cdm_plugin.cli import main
 from cdm_plugin.codecs import VAECodec
 from cdm_plugin.data import LatentDataset, WeightedMixDataset, cache_latents, check_latents, write_embeddings
 from cdm_plugin.data.latents import cache
-from cdm_plugin.data.latents.cache import drawn_by
 from cdm_plugin.data.latents.files import read_rows
+from cdm_plugin.draws import drawn_by
 
 SIZES = [(16, 16), (24, 16)]
 PROMPTS = ['a fox', 'a cat', 'a fox', 'ships', 'x', 'a red fox', 'dogs']
@@ -100,6 +101,17 @@ def test_views_are_what_the_pipeline_draws(model, rows, tmp_path):
         cache_latents(make_config(model, rows), str(tmp_path / 'c'), views=2)
 
 
+def test_views_may_differ_in_their_captions_alone(model, tmp_path):
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / '1.png')
+    (tmp_path / '1.json').write_text(json.dumps(captions := [f'fox {i}' for i in range(9)]))
+    cfg = make_config(model, tmp_path)
+    cfg.train_dataloader.dataset = dict(
+        type='ImageCaptionFolder', data_root=str(tmp_path), caption_suffix='.json', pipeline=[
+            dict(type='PackInputs', image='image'), dict(type='ResizeCrop', sizes=SIZES)])
+    report = cache_latents(cfg, str(tmp_path / 'out'), views=4, device='cpu')
+    assert 1 < len(report.prompts) <= 4 and set(report.prompts) < set(captions)
+
+
 def test_an_interrupted_run_goes_on(model, rows, tmp_path, monkeypatch):
     cfg, out = make_config(model, rows), tmp_path / 'out'
     encoded, describe = [], cache.describe
@@ -154,6 +166,11 @@ def test_a_folder_of_other_latents_is_refused(model, rows, tmp_path):
         assert '\n' not in str(info.value)
     shutil.copytree(model, tmp_path / 'copied')  # the same files elsewhere are the same codec
     assert cache_latents(make_config(str(tmp_path / 'copied'), own), out, device='cpu').reused_shards == 2
+    table = own / 'rows.csv'
+    table.write_text(table.read_text().replace('ships', 'boats'))
+    with pytest.raises(ValueError, match="something else made .rows: '.*' in the cache"):
+        cache_latents(cfg, out, device='cpu')
+    table.write_text(table.read_text().replace('boats', 'ships'))
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(own / '1.png')
     with pytest.raises(ValueError, match='latents of other pictures: sample 1 of train_dataloader.dataset has changed'):
         cache_latents(cfg, out, device='cpu')
@@ -187,6 +204,8 @@ def test_a_model_refuses_the_latents_of_another(model, rows, tmp_path):
     (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(
         type='WeightedMixDataset', sources=dict(web=dict(dataset=cfg.train_dataloader.dataset))))),
      r'is a mix.*--dataset train_dataloader\.dataset\.sources\.web\.dataset'),
+    (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(type='CountedStream', lengths=[3]))),
+     'train_dataloader.dataset is a stream without a length'),
     (lambda cfg: cfg.pop('model'), "the config has no 'model.backbone'")])
 def test_what_cannot_be_encoded_is_named(change, message, model, rows, tmp_path):
     cfg = make_config(model, rows)

@@ -271,8 +271,19 @@ def test_bad_captions_are_named_by_file(suffix, text, message, tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_pictures_without_captions_are_left_out_up_to_a_limit(pictures):
+    (pictures / 'a/2.txt').unlink()
+    (pictures / 'a/3.txt').write_text(' ')
+    inner = dict(type='ImageCaptionFolder', data_root=str(pictures))
+    assert pairs(DATASETS.build(dict(type='SkipBadRecords', limit=2, dataset=inner))) == [*PAIRS[:2], *PAIRS[4:]]
+    with pytest.raises(SampleError, match=r'2 bad records are more .*2\.PNG has no caption beside it.*3\.txt: the pro'):
+        DATASETS.build(dict(type='SkipBadRecords', limit=1, dataset=inner))
+
+
 def test_no_pictures(tmp_path):
-    with pytest.raises(FileNotFoundError, match='has no pictures'):
+    with pytest.raises(ValueError, match="`caption_suffix` begins with a dot, '.txt', but is 'txt'"):
+        folder(tmp_path, caption_suffix='txt')
+    with pytest.raises(FileNotFoundError, match='has no pictures with captions'):
         folder(tmp_path)
     shutil.rmtree(tmp_path)
     with pytest.raises(FileNotFoundError, match='is no folder'):

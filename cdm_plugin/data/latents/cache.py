@@ -1,20 +1,18 @@
 """Latents of a whole dataset's pictures, computed once."""
-import contextlib
+import hashlib
 import json
-import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
@@ -24,7 +22,8 @@ from cdm_plugin.data.embeddings.files import read_header, read_indexed_header, w
 from cdm_plugin.data.embeddings.provenance import codec_differences, describe_codec, describe_difference
 from cdm_plugin.data.latents.files import FOLDER, ROWS, VERSION, describe, read_index, read_rows, write_index
 from cdm_plugin.data.mix import WeightedMixDataset
-from cdm_plugin.draws import randomness_kept, stream
+from cdm_plugin.draws import drawn_by
+from cdm_plugin.errors import describe as describe_error
 from cdm_plugin.files import clear_parts
 from cdm_plugin.locks import held
 from cdm_plugin.secrets import without_secrets
@@ -98,7 +97,7 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
     root = Path(resolve(out))
     with held(root, 'cdm cache'), DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         source, source_cfg = open_dataset(cfg, dataset)
-        if not hasattr(source, '__len__'):
+        if isinstance(source, IterableDataset) or not hasattr(source, '__len__'):
             raise ValueError(f'{dataset} is a stream without a length, whose samples have no numbers: name a dataset '
                              'with a length')
         if isinstance(source, WeightedMixDataset):
@@ -111,7 +110,8 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
         plain = without_secrets(source_cfg) if isinstance(source_cfg, dict) else type(source).__name__
         index = json.loads(json.dumps(dict(
             version=VERSION, samples=len(source), views=views, seed=seed, dtype=dtype, shard_size=shard_size,
-            scale=backbone.codec.scale, dataset=plain, **describe_codec(backbone.codec, backbone.load_kwargs)),
+            scale=backbone.codec.scale, dataset=plain, rows=_digest_rows(source),
+            **describe_codec(backbone.codec, backbone.load_kwargs)),
             default=str))
         job = _Job(root / FOLDER, source, dataset, index, sizes, backbone.codec.to(device or get_device()).eval())
         reused = job.open()
@@ -128,17 +128,6 @@ class _Views(Dataset):
     def __getitem__(self, place: Place) -> tuple[Place, Any]:
         with drawn_by(self.seed, *place):
             return place, self.dataset[place[0]]
-
-
-@contextlib.contextmanager
-def drawn_by(*key: Any) -> Iterator[None]:
-    """Context in which Python's, NumPy's and torch's random numbers are a function of the key."""
-    number = int(torch.randint(2**32, (), generator=stream('view', *key)))
-    with randomness_kept():
-        random.seed(number)
-        np.random.seed(number)
-        torch.manual_seed(number)
-        yield
 
 
 class _Job:
@@ -179,12 +168,13 @@ class _Job:
         """Several views must not all be one."""
         count = self.index['views']
         for number in range(min(8, self.index['samples'])) if count > 1 else ():
-            pictures = [self._sample(*self.views[number, view])[2] for view in range(count)]
-            if any(not torch.equal(pictures[0], other) for other in pictures[1:]):
+            _, prompt, picture = self._sample(*self.views[number, 0])
+            others = [self._sample(*self.views[number, view]) for view in range(1, count)]
+            if any(text != prompt or not torch.equal(other, picture) for _, text, other in others):
                 return
         if count > 1:
-            raise ValueError(f"the {count} views of a sample of {self.key} are all the same picture: let its pipeline "
-                             "draw, dict(type='ResizeCrop', crop='random', flip=0.5), or leave --views out")
+            raise ValueError(f"the {count} views of a sample of {self.key} are all the same: let its pipeline draw, "
+                             "dict(type='ResizeCrop', crop='random', flip=0.5), or leave --views out")
 
     def _is_complete(self, entry: Mapping[str, Any]) -> bool:
         path = self.folder / entry['name']
@@ -278,6 +268,18 @@ class _Job:
         distinct = None if self.index['labels'] else list(dict.fromkeys(prompts[place] for place in sorted(prompts)))
         weight = sum(entry['bytes'] for entry in self.index['shards'])
         return LatentReport(str(root), len(prompts), len(self.index['shards']), reused, weight, sizes, distinct)
+
+
+def _digest_rows(dataset: Any) -> str:
+    """A digest of what a dataset says of its samples, captions above all, before pictures are read."""
+    digest = hashlib.sha256()
+    for i in range(len(dataset)) if hasattr(dataset, 'get_data_info') else ():
+        try:
+            row = dataset.get_data_info(i)
+        except Exception as error:  # of a bad record, which is met again when it is read
+            row = describe_error(error)
+        digest.update(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode())
+    return digest.hexdigest()[:16]
 
 
 def _checksum(image: Tensor) -> int:
