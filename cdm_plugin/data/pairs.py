@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
+from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.embeddings.files import (
     EmbeddingReader,
     check_shards,
@@ -64,7 +65,7 @@ class PairDataset(Dataset):
     """The samples of a dataset, each with its pair: `pair_noise` and `pair_latents`, (C, h, w).
 
     Pair i is of sample i; if there are more pairs than samples, these begin again. Whatever the samples hold stays
-    (prompts, embeddings, pictures).
+    (prompts, embeddings, pictures). Where `PackInputs` draws captions, a sample has the one that its pair was made for.
 
     Args:
         dataset (dict): The dataset for which `cdm pairs` made them.
@@ -101,6 +102,9 @@ class PairDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         path, row, prompt = self.rows[index]
         sample = Sample(self.dataset[index % len(self.dataset)])
+        if str(sample.get('prompt', '')) != prompt:  # another of its captions may be drawn than for the pair
+            variants = every_variant(lambda: Sample(self.dataset[index % len(self.dataset)]))
+            sample = next((other for other in variants if other.get('prompt') == prompt), sample)
         if str(sample.get('prompt', '')) != prompt:
             raise SampleError(f'pair {index} of {Path(path).parent} was made for {prompt[:80]!r}, but the dataset has '
                               f'{str(sample.get("prompt", ""))[:80]!r} there: give the dataset that `cdm pairs` had')

@@ -194,6 +194,23 @@ def test_bad_tars_are_named(tars, tmp_path):
         samples(web(tmp_path, 'ftp://host/a.tar'))
 
 
+def test_secrets_of_urls_are_in_no_message_and_no_matter_of_a_resume(tmp_path, monkeypatch):
+    def fail(sources):
+        raise OSError(f'no access to {sources[0]["url"]}')
+        yield
+
+    def url(number, count=1):
+        return f'https://me:pass{number}@host/{{0..{count}}}.tar?token=a1b2c3d4e5f6g7h{number}x'
+
+    one = web(tmp_path, url(1))
+    assert one.fingerprint == web(tmp_path, url(2)).fingerprint != web(tmp_path, url(1, 2)).fingerprint
+    monkeypatch.setattr('webdataset.tariterators.tarfile_samples', fail)
+    with pytest.raises(SampleError, match='host/0.tar.*: cannot be read further .OSError: no access to ') as error:
+        samples(one)
+    for text in (one.fingerprint, str(error.value)):
+        assert 'host/0.tar' in text and 'pass1' not in text and 'a1b2c3' not in text
+
+
 # Both streams in workers
 
 
