@@ -70,8 +70,7 @@ client = MlflowClient('file:' + os.path.abspath(store))
 losses += [metric.value for metric in client.get_metric_history(run.info.run_id, 'loss_student')]
 folder = run.info.artifact_uri.removeprefix('file://') + '/images/'
 for name in pictures:
-    found = glob(folder + name + '%step%*.png') + glob(folder + name + '+step+*.png')
-    pictures[name] += sorted(found)
+    pictures[name] += sorted(glob(folder + name + '+step+*.png'))
 '''
 # What is installed, whether with all that it requires, the config's backend, how its files are read, and how far pixels
 # may be off in the mean: ClearML writes JPEG.
