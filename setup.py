@@ -22,15 +22,17 @@ CORE = [
     'pluggy>=1.5', 'tensorboard>=2.16', 'safetensors>=0.4', 'numpy>=1.26', 'pillow>=10', 'tqdm>=4.60',
     'annotated-types>=0.6',
 ]
+DATA = ['datasets>=4.0', 'webdataset>=0.2.100']  # of other libraries: HFDataset, HFStream, WebDataset
 DOCS = ['mkdocs-material>=9.6', 'mkdocstrings[python]>=1.0']
 EXTRAS = {
     # A wheel of xformers is built for one torch: torch 2.10.0 with xformers 0.0.35 is a pair in which all of it loads.
     'scale': ['deepspeed>=0.19', 'xformers>=0.0.33'],
     'quantization': ['bitsandbytes>=0.45'],
+    'data': DATA,
     'bench': ['emoji>=2.14'],  # captions of benchmarks/emoji
     'docs': DOCS,
     'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77',
-             'wheel', *DOCS],
+             'wheel', 'ruff>=0.15', 'mypy>=2.0', *DATA, *DOCS],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.
@@ -56,7 +58,7 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={
-        'console_scripts': ['cdm = cdm_command:main'],
+        'console_scripts': ['cdm = cdm_command:script'],
         'cdm_plugin': [f'{part} = cdm_plugin.{part}' for part in PARTS],
     },
     classifiers=[

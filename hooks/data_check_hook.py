@@ -1,3 +1,4 @@
+from itertools import islice
 from typing import Any
 
 import torch
@@ -5,10 +6,10 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
-from cdm_plugin.data import check_cache, check_channel_order, check_pictures
+from cdm_plugin.data import Stream, check_cache, check_channel_order, check_latents, check_pictures
 from cdm_plugin.draws import randomness_kept
 from cdm_plugin.hooks.method import method_of
 
@@ -40,15 +41,18 @@ class DataCheckHook(Hook):
         self._batch_sizes.clear()
         self._compared = False
         dataset, method = runner.train_dataloader.dataset, method_of(runner)
-        if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset) and not isinstance(dataset, Stream):
             return  # a look would take the sample away
-        if len(dataset) == 0:
-            raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
-        check_batches(runner.train_dataloader)
+        if not isinstance(dataset, Stream):
+            if len(dataset) == 0:
+                raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
+            check_batches(runner.train_dataloader)
         check_cache(dataset, method.backbone)
+        check_latents(dataset, method.backbone, method.latent_sizes)
         check_channel_order(dataset)
         with randomness_kept():  # so that the data come as without a look
-            samples = [dataset[i] for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT))]
+            samples = list(islice(dataset.once(), LOOKED_AT)) if isinstance(dataset, Stream) else [
+                dataset[i] for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT))]
         check_pictures([sample['image'] for sample in samples if isinstance(sample, dict) and 'image' in sample],
                        method.backbone.codec, method.latent_sizes)
         data = method.data_preprocessor(samples[:1], True)
@@ -85,7 +89,7 @@ class DataCheckHook(Hook):
         self._batch_sizes.clear()
 
 
-def check_batches(loader: DataLoader) -> None:
+def check_batches(loader: Any) -> None:
     """Raises ValueError if an epoch has no batch, or not as many on every rank: the others would wait for the last one
     until the timeout."""
     if isinstance(getattr(loader.batch_sampler, 'sampler', None), InfiniteSampler):

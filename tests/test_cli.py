@@ -118,6 +118,30 @@ def test_a_mistake_is_one_line_and_its_traceback_at_hand(capsys, monkeypatch):
         main(['doctor', 'no.py'])
 
 
+LOGINS = ('see https://me:pw@host/x?token=pw of hf_abcdefghijklmnopqrst', 'see https://***@host/x?token=*** of ***')
+
+
+@pytest.mark.parametrize('error', [ValueError, lambda text: OSError(2, 'No such file', text)], ids=['value', 'os'])
+def test_a_mistake_has_no_secret_with_its_traceback_or_without(error, monkeypatch, capsys):
+    def look_up(args):
+        try:
+            raise error(LOGINS[0])
+        except Exception as cause:
+            raise RuntimeError('a bug') if args.traceback else cause
+
+    monkeypatch.setattr('cdm_plugin.cli.plugins.run', look_up)
+    assert main(['plugins']) == 2
+    line = capsys.readouterr().err
+    assert LOGINS[1] in line and 'pw' not in line
+    monkeypatch.setattr(sys, 'argv', ['cdm', '--traceback', 'plugins'])
+    monkeypatch.setattr(sys, 'excepthook', None)
+    with pytest.raises(RuntimeError) as found:
+        cli.script()
+    sys.excepthook(found.type, found.value, found.tb)  # as Python does at its end
+    text = capsys.readouterr().err
+    assert LOGINS[1] in text and 'pw' not in text and text.endswith('RuntimeError: a bug\n') and 'look_up' in text
+
+
 def test_what_python_says_of_a_mistake_has_its_kind_and_place(monkeypatch, capsys):
     def look_up(args):
         return {}['state_dict']
@@ -180,10 +204,11 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(monkeypatch):
         main(['plugins'])
 
 
-def test_an_installation_that_is_not_whole_is_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'cdm_plugin.errors', None)
-    assert main(['plugins']) == 2
-    assert capsys.readouterr().err.startswith('cdm plugins: ')
+def test_an_installation_that_is_not_whole_is_one_line():
+    code = "import sys; sys.modules['mmengine'] = None; import cdm_command; sys.exit(cdm_command.main(['plugins']))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("cdm plugins: No module named 'mmengine")
 
 
 def test_the_status_of_a_command_is_that_of_the_process(monkeypatch):

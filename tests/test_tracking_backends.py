@@ -49,9 +49,9 @@ while at < len(data):
             key = item.key or '.'.join(item.nested_key)
             if key == 'loss_student':
                 losses.append(json.loads(item.value_json))
-            elif key in pictures:
+            elif key.endswith('.path'):
                 folder = file.rpartition('/')[0] + '/files/'
-                pictures[key].append(folder + json.loads(item.value_json)['path'])
+                pictures[key.removesuffix('.path')].append(folder + json.loads(item.value_json))
 '''
 CLEARML = '''
 (file,) = glob('home/.clearml/cache/offline/offline-*/metrics.jsonl')

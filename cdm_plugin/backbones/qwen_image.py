@@ -31,6 +31,7 @@ class QwenImageBackbone(Backbone):
     time_scale = 1
     patch = 2
     takes_mask = True
+    whole_in_comfyui = True
     has_idle_weights = True  # the last block's text goes nowhere
     published_scheduler = {**DYNAMIC_SHIFT, 'max_shift': 0.9, 'max_image_seq_len': 8192, 'shift_terminal': 0.02}
     published_vae = {}  # the defaults of its class
@@ -111,8 +112,11 @@ class QwenImageCodec(VAECodec):
     """Diffusers' AutoencoderKLQwenImage, whose images are videos of one frame; arguments as in `VAECodec`."""
     vae_class = AutoencoderKLQwenImage
 
+    def scale_of(self, config: Any) -> int:
+        return 2**len(config.temperal_downsample)
+
     def read_config(self, config: Any) -> None:
-        self.scale = 2**len(config.temperal_downsample)
+        self.scale = self.scale_of(config)
         self.register_buffer('shift', torch.tensor(config.latents_mean)[:, None, None], persistent=False)
         self.register_buffer('factor', 1 / torch.tensor(config.latents_std)[:, None, None], persistent=False)
 

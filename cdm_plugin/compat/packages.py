@@ -67,4 +67,4 @@ def mmengine_distributions() -> list[importlib.metadata.Distribution]:
     imported = Path(mmengine.__file__).resolve()
     return [distribution for distribution in importlib.metadata.distributions()
             if '\nmmengine/__init__.py,' in '\n' + (distribution.read_text('RECORD') or '')
-            and Path(distribution.locate_file('mmengine/__init__.py')).resolve() == imported]
+            and Path(str(distribution.locate_file('mmengine/__init__.py'))).resolve() == imported]

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 from mmengine.device import get_device
+from mmengine.dist import init_dist
 
 from cdm_plugin.errors import Stopped
+from cdm_plugin.secrets import mask_text
 
 # Seconds that the first process, if it fails, stays for the others to hear of it.
 GRACE = 20
@@ -77,6 +79,13 @@ def start_processes(launcher: str, env_cfg: dict[str, Any] | None = None) -> Non
         dist.init_process_group('gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout))
 
 
+def join_processes(launcher: str) -> None:
+    """`start_processes` of a command without a runner, which would start NCCL and set the CUDA device."""
+    start_processes(launcher)
+    if launcher != 'none' and not dist.is_initialized():
+        init_dist(launcher)
+
+
 @contextlib.contextmanager
 def watched(launcher: str) -> Iterator[None]:
     """Ends this process when another one of the run has failed inside, and says what that one said: it may wait in a
@@ -94,7 +103,7 @@ def watched(launcher: str) -> Iterator[None]:
     store = dist.PrefixStore('cdm', dist.TCPStore(
         os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=rank == 0, wait_for_workers=False,
         multi_tenant=True))
-    done, heard = threading.Event(), []
+    done, heard = threading.Event(), list[str]()
     watch = threading.Thread(target=_watch, args=(store, done, heard), daemon=True)
     watch.start()
     try:
@@ -106,7 +115,7 @@ def watched(launcher: str) -> Iterator[None]:
         if heard and isinstance(error, Exception):  # a consequence
             raise ValueError(f'training stopped: {heard[0]}') from error
         if not heard and not isinstance(error, Stopped):
-            text = ' '.join(str(error).split()) or type(error).__name__
+            text = mask_text(' '.join(str(error).split())) or type(error).__name__
             with contextlib.suppress(RuntimeError):  # the first process is gone
                 store.compare_set('failed', '', f'rank {rank} has failed: {text}')
                 deadline = time.monotonic() + GRACE

@@ -8,7 +8,7 @@ from tests_support import tiny_backbone
 from cdm_plugin.cli import main
 from cdm_plugin.commands.doctor.diagnosis import diagnose
 from cdm_plugin.engine import AutocastOptimWrapper
-from cdm_plugin.engine.refusals import refusals
+from cdm_plugin.engine.refusals import missing_hook, refusals
 
 
 def wrapper(**settings):
@@ -27,6 +27,8 @@ def config(name='refusals', iterations=2, **changes):
 
 
 OURS = dict(constructor='DistillationOptimWrapperConstructor', student=wrapper(), fake=wrapper())
+STREAM = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
+              dataset=dict(type='HFStream', path='acme/pictures'))
 REFUSED = {
     'compile': (dict(compile=True), 'compile=True .* model.backbone.compile=True'),
     'compile with options': (dict(compile=dict(mode='default')), 'set model.backbone.compile=True'),
@@ -39,6 +41,17 @@ REFUSED = {
                            "optim_wrapper.type='AmpOptimWrapper' .* optim_wrapper.student.type; .*cdm train --amp"),
     'one optimizer': (dict(optim_wrapper=wrapper()), 'optim_wrapper needs constructor=.*: student, fake'),
     'no constructor': (dict(optim_wrapper=dict(student=wrapper(), fake=wrapper())), 'optim_wrapper needs constructor='),
+    'two averages': (dict(custom_hooks=[dict(type='mmengine.EMAHook'), dict(type='CDMHook')]), 'remove EMAHook, or'),
+    'no hook': (dict(custom_hooks=[dict(type='ValidationHook')]), r"custom_hooks needs dict\(type='CDMHook'\)"),
+    'a sampler for a stream': (dict(train_dataloader=STREAM),
+                               'train_dataloader.sampler must be None, because HFStream has an order of its own'),
+    'no sampler for a stream': (
+        dict(train_dataloader={k: v for k, v in STREAM.items() if k != 'sampler'}), 'sampler must be None'),
+    'epochs of a stream': (dict(train_dataloader=dict(STREAM, sampler=None),
+                                train_cfg=dict(by_epoch=True, max_epochs=1)),
+                           "dataset.type='HFStream' has no end, and train_cfg counts epochs"),
+    'validation on a stream': (dict(val_dataloader=STREAM, val_cfg=dict(), val_evaluator=[]),
+                               "val_dataloader.dataset.type='HFStream' has no end: take a dataset with a length"),
     'epochs without end': (dict(train_cfg=dict(by_epoch=True, max_epochs=1)), "sampler.type='InfiniteSampler'")}
 
 
@@ -65,10 +78,27 @@ def test_what_goes_is_not_refused():
              dict(model=dict(type='TheirModel'), compile=True),
              dict(strategy=dict(type='DistillationDeepSpeedStrategy')),
              dict(model_wrapper_cfg=dict(type='DistillationDataParallel')),
+             dict(custom_hooks=[dict(type='CDMHook', ema_decay=None), dict(type='EMAHook')]),
              dict(train_cfg=dict(by_epoch=True, max_epochs=1),
                   train_dataloader=dict(sampler=dict(type='DefaultSampler', shuffle=True))))
     assert [list(refusals(config(**kind))) for kind in kinds] == [[]] * len(kinds)
     assert list(refusals({})) == list(refusals(Config())) == []
+
+
+def test_several_processes_need_a_wrapper_or_shards(tmp_path, capsys):
+    config().dump(tmp_path / 'own.py')
+    assert main(['train', str(tmp_path / 'own.py'), '--launcher', 'pytorch']) == 2
+    problem, = diagnose(config(), gpus=2).problems
+    assert problem in capsys.readouterr().err and "model_wrapper_cfg=dict(type='DistillationDataParallel')" in problem
+    for good in (dict(model_wrapper_cfg=dict(type='DistillationDataParallel')), dict(
+            strategy=dict(type='DistillationDeepSpeedStrategy'))):
+        assert list(refusals(config(**good), processes=2)) == []
+
+
+def test_hooks_of_their_own_are_enough():
+    names = ('IterationHook', 'ValidationHook')
+    assert list(missing_hook(config(custom_hooks=[dict(type=name) for name in names]))) == []
+    assert list(missing_hook(dict(model=dict(type='TheirModel')))) == []
 
 
 def test_amp_is_every_roles(tmp_path, monkeypatch):

@@ -11,12 +11,13 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import HOOKS, STRATEGIES, DefaultScope
+from mmengine.registry import DATASETS, STRATEGIES, DefaultScope
 from torch import Tensor
 
 import cdm_plugin  # noqa: F401  registers everything
@@ -36,12 +37,12 @@ from cdm_plugin.commands.doctor.report import GPUS, Memory, Report, _numbers, _p
 from cdm_plugin.commands.doctor.sharding import SHARINGS, Sharing, chosen, data_parallel, memory
 from cdm_plugin.compat.packages import mmengine_distributions
 from cdm_plugin.config import check_config, naming_parts
+from cdm_plugin.data import HFDataset, HFStream, WebDataset
 from cdm_plugin.engine import DistillationDeepSpeedStrategy
-from cdm_plugin.engine.deepspeed_config import OWN_KEYS, settle_config
-from cdm_plugin.engine.refusals import refusals
-from cdm_plugin.hooks import CDMHook
+from cdm_plugin.engine.deepspeed_config import MISSING, OWN_KEYS, settle_config
+from cdm_plugin.engine.refusals import lost_gradients, missing_hook, refusals
 from cdm_plugin.methods import DiffusionModel, Distillation
-from cdm_plugin.registry import is_type
+from cdm_plugin.registry import class_of, is_type
 from cdm_plugin.roles import attention
 from cdm_plugin.scopes import clashes
 from cdm_plugin.sigma_samplers import SigmaSampler
@@ -69,7 +70,7 @@ def diagnose(cfg: Config, gpus: int = 1, table: Sequence[int] = GPUS) -> Report:
             cfg.get('default_scope', 'mmengine')):
         check_config(cfg)
         report.warnings += clashes(cfg.to_dict())
-        refused = list(refusals(cfg))
+        refused = [*refusals(cfg, gpus), *missing_hook(cfg)]
         report.problems += refused
         method = build_on_meta(cfg.model.to_dict(), report)
         if not any(text.startswith('optim_wrapper') for text in refused):
@@ -232,11 +233,8 @@ def _check_surroundings(cfg: Config, report: Report) -> None:
     """Files, packages and processes."""
     report.problems += filter(None, [distributions.problem()])
     report.warnings += filter(None, [distributions.warning()])
-    if report.gpus > 1 and 'model_wrapper_cfg' not in cfg and 'strategy' not in cfg:
-        report.problems.append(f'{report.gpus} GPUs: the config needs '
-                               "model_wrapper_cfg=dict(type='DistillationDataParallel'), or a strategy that shards")
     if 'strategy' in cfg and report.versions['deepspeed'] == 'not installed':
-        report.problems.append("strategy needs deepspeed: pip install 'cdm_plugin[scale]'")
+        report.problems.append(MISSING)
     elif is_type(cfg.get('strategy'), DistillationDeepSpeedStrategy, STRATEGIES):
         with _problems(report):
             settings = {k: v for k, v in cfg.strategy.to_dict().items() if k not in OWN_KEYS | {'type'}}
@@ -253,9 +251,13 @@ def _check_surroundings(cfg: Config, report: Report) -> None:
                                      if not path.startswith('asset:') else path))
                 if not where.exists():
                     report.problems.append(f'train_dataloader.dataset: {key}={path!r} does not exist')
-    hooks = _dicts([cfg.get('custom_hooks'), cfg.get('default_hooks')])
-    if not any(is_type(hook, CDMHook, HOOKS) for hook in hooks):
-        report.problems.append("custom_hooks needs dict(type='CDMHook')")
+        package = {HFDataset: 'datasets', HFStream: 'datasets', WebDataset: 'webdataset'}.get(class_of(part, DATASETS))
+        if package and find_spec(package) is None:
+            report.problems.append(f"train_dataloader.dataset: {part['type']} needs the package {package}: pip install "
+                                   "'cdm_plugin[data]'")
+        elif is_type(part, WebDataset, DATASETS):
+            with _problems(report):  # its files, of which it reads none
+                DATASETS.build({**part, 'pipeline': []})
     backbone = cfg.get('model', {}).get('backbone') or {}
     if backbone.get('quantization') and report.versions['bitsandbytes'] == 'not installed':
         report.problems.append('model.backbone.quantization needs the package bitsandbytes, which is not installed')
@@ -292,8 +294,5 @@ def _check_space(cfg: Config, report: Report, method: DiffusionModel, wrappers: 
     if checkpoint and needed > free:
         report.warnings.append(f'{_size(needed)} of checkpoints (default_hooks.checkpoint.max_keep_ckpts='
                                f'{checkpoint.get("max_keep_ckpts", -1)}) do not fit the {_size(free)} that are free')
-    cycle = max((wrappers[phase.role]._accumulative_counts * phase.every for phase in method.phases
-                 if phase.role in wrappers and _accumulates(wrappers[phase.role])), default=1)
-    if checkpoint.get('interval', cycle) % cycle:
-        report.warnings.append(f'default_hooks.checkpoint.interval={checkpoint.interval} is no multiple of {cycle}: a '
-                               'resumed run loses the gradients accumulated until then')
+    if not checkpoint.get('by_epoch', True):
+        report.warnings += lost_gradients(method, wrappers, checkpoint.get('interval', -1))

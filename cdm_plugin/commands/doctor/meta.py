@@ -64,7 +64,7 @@ def build_on_meta(model: dict[str, Any], report: Report) -> DiffusionModel:
     return method
 
 
-class _AdaptersOnMeta:
+class _AdaptersOnMeta(DiffusionModel):
     """Mixin of a method: PEFT would put the adapters of a network on the meta device into the CPU's memory."""
 
     def build_trained(self, role: str) -> nn.Module:
@@ -72,7 +72,7 @@ class _AdaptersOnMeta:
             return super().build_trained(role)
 
 
-class _OnMeta:
+class _OnMeta(Backbone):
     """Mixin of a backbone that loads nothing but small config files."""
     report: Report
 
@@ -171,18 +171,21 @@ def _unread(cls: type[TextConditioner], backbone: Backbone, pretrained: str | No
     return _Unbuilt(backbone, cls.expected_tokens(**arguments), [part], offload, largest)
 
 
-class _VAEOnMeta:
+class _VAEOnMeta(VAECodec):
     """Mixin of a codec: its autoencoder has shapes and no memory."""
     report: Report
     published: dict[str, Any]
 
-    def load_vae(self, pretrained: str, subfolder: str, dtype: torch.dtype, **load_kwargs: Any) -> nn.Module:
+    def vae_config(self, pretrained: str, subfolder: str, **load_kwargs: Any) -> dict[str, Any]:
         folder = _folder(pretrained, self.report, load_kwargs)
-        config = self.published if folder is None else self.vae_class.load_config(folder, subfolder=subfolder)
-        if folder is not None:
-            _check_weights(folder / subfolder, self.report)
+        if folder is None:
+            return self.published
+        _check_weights(folder / subfolder, self.report)
+        return self.vae_class.load_config(folder, subfolder=subfolder)
+
+    def load_vae(self, pretrained: str, subfolder: str, dtype: torch.dtype, **load_kwargs: Any) -> nn.Module:
         with torch.device('meta'):
-            vae = self.vae_class.from_config(config)
+            vae = self.vae_class.from_config(self.vae_config(pretrained, subfolder, **load_kwargs))
         return nn.Module.to(vae, dtype)
 
 
