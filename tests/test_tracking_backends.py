@@ -72,12 +72,12 @@ folder = run.info.artifact_uri.removeprefix('file://') + '/images/'
 for name in pictures:
     pictures[name] += sorted(glob(folder + name + '+step+*.png'))
 '''
-# What is installed, whether with all that it requires, the config's backend, how its files are read, and how far pixels
-# may be off in the mean: ClearML writes JPEG.
+# What is installed, whether with all that it requires, the config's backend, how its files are read, and how far a grid's
+# pixels may be off in the mean: ClearML writes JPEG, which blurs the colours of noise; a chart comes nearly whole.
 BACKENDS = dict(
     wandb=(['wandb==0.31.0'], True, "dict(type='WandbVisBackend')", WANDB, 0),
     clearml=(['clearml==2.1.12'], True,
-             "dict(type='ClearMLVisBackend', init_kwargs=dict(project_name='p', task_name='t'))", CLEARML, 6),
+             "dict(type='ClearMLVisBackend', init_kwargs=dict(project_name='p', task_name='t'))", CLEARML, 11),
     mlflow=(['mlflow-skinny==3.17.2', 'cachetools', 'cloudpickle', 'databricks-sdk', 'fastapi', 'opentelemetry-api',
              'opentelemetry-proto', 'opentelemetry-sdk', 'opentelemetry-semantic-conventions', 'python-dotenv',
              'sqlparse', 'starlette', 'uvicorn', 'google-auth'], False, "dict(type='MLflowVisBackend')", MLFLOW, 0))
@@ -111,7 +111,8 @@ def test_grids_histograms_and_scalars_arrive(name, wheel, tmp_path):
     for key, pictures in expected.items():
         assert len(found['pictures'][key]) == len(pictures)
         for path, picture in zip(found['pictures'][key], pictures):
-            assert np.abs(pixels(folder / path) - picture).mean() <= error
+            limit = error if key == 'samples' else min(error, 1)
+            assert np.abs(pixels(folder / path) - picture).mean() <= limit
 
 
 def pixels(path):
