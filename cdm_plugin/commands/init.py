@@ -30,8 +30,6 @@ DATA = {
     'digits.npz': 'of models that take class labels: arrays `images` and `labels`'}
 # These learn from pictures; the others need what the model is told alone.
 PICTURES = ('dmd2-gan', 'flow-matching')
-# Guidance-distilled networks, whose recipes have no guidance to keep consistent.
-EMBEDDED = ('flux-dev', 'flux2-dev')
 LABELLED = 'sd3-digits'
 SUFFIXES = ('.txt', '.jsonl', '.csv')
 PROMPT_COLUMNS = ('prompt', 'caption', 'text')
@@ -102,7 +100,10 @@ def _starts() -> dict[str, list[Recipe]]:
 
 
 def _methods(model: str) -> dict[str, str]:
-    return {name: line for name, line in METHODS.items() if name != 'cdm-consistent' or model not in EMBEDDED}
+    # Guidance-distilled networks have no guidance to keep consistent, and no recipe that does.
+    consistent = model == LABELLED or any((recipe.model, recipe.method) == (model, 'cdm-consistent')
+                                          for recipe in recipes())
+    return {name: line for name, line in METHODS.items() if name != 'cdm-consistent' or consistent}
 
 
 def _choices() -> str:
