@@ -338,6 +338,7 @@ def test_missing_parts_of_a_run_are_named(tmp_path, capsys):
     assert 'CDMHook' in run('hook', lambda cfg: cfg.custom_hooks.pop(0))
 
 
-def test_unknown_config_lists_what_there_is(capsys):
-    assert main(['train', 'digits/nothing.py']) == 2
-    assert TEACHER in capsys.readouterr().err
+def test_an_unknown_config_says_where_they_are_listed_and_what_was_meant(capsys):
+    assert main(['train', TEACHER.replace('teacher', 'teachr')]) == 2
+    assert f"is no file and no shipped recipe (`cdm configs` lists them); did you mean '{TEACHER}'?" in (
+        capsys.readouterr().err)

@@ -88,8 +88,8 @@ def test_command_line(step, monkeypatch, tmp_path, capsys):
 
 
 def test_recipes_make_the_calls_that_they_say(step, monkeypatch, capsys):
-    """By hand, of a cycle on the fixed grid: the rollout to the anchors, two fake-score steps, the predictions
-    and the questions; a gradient counts as 3."""
+    """By hand, of a cycle on the fixed grid: the rollout to the anchors, two fake-score steps, what the student
+    predicts, and the questions; a gradient counts as 3."""
     demo, dmd2 = 'CDM, consistent, fixed grid, one rollout (the demo)', 'DMD2, aware, one rollout'
     monkeypatch.setattr(step, 'RECIPES', {'CDM, published': {}, **{name: step.RECIPES[name] for name in (demo, dmd2)}})
     table = {row['recipe']: row for row in step.compare_recipes(**SMALL, seed=SEED)}

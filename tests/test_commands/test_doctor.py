@@ -434,7 +434,7 @@ def test_expected_calls_are_those_of_real_iterations(model, labels):
     expected = expected_calls(method, batch, 1)
     assert expected.cycle == method.student_every
     for ours, theirs in ((expected.calls, calls), (expected.samples, samples)):
-        assert {k: n * method.student_every for k, n in ours.items()} == pytest.approx(dict(theirs))
+        assert {k: n * method.student_every for k, n in ours.items() if n} == pytest.approx(dict(theirs))
 
 
 def test_the_cost_of_a_cycle_is_the_one_of_the_table():
@@ -487,6 +487,12 @@ def test_the_recipe_is_resolved():
      "ann_file='prompts.txt' does not exist"),
     ({'train_dataloader.dataset': dict(type='RepeatDataset', times=2, dataset=dict(
         type='EmbeddingDataset', data_root='no/embeddings'))}, "data_root='no/embeddings' does not exist"),
+    ({'train_dataloader.dataset': dict(_delete_=True, type='WebDataset', urls='no/{0..3}.tar')},
+     '`urls` of WebDataset: no/0.tar does not exist'),
+    ({'train_dataloader.dataset': dict(_delete_=True, type='HFStream', path='acme/pictures')},
+     'train_dataloader.sampler must be None, because HFStream has an order of its own'),
+    ({'train_dataloader.dataset': dict(_delete_=True, type='ImageCaptionFolder', data_root='no/pictures')},
+     "data_root='no/pictures' does not exist"),
 ], ids=lambda value: ','.join(value) if isinstance(value, dict) else '')
 def test_what_would_fail_is_a_problem(options, part):
     cfg = config()
@@ -496,6 +502,16 @@ def test_what_would_fail_is_a_problem(options, part):
     report = diagnose(cfg)
     assert any(part in problem for problem in report.problems), report.problems
     assert f'problem: {report.problems[0]}' in format_report(report)
+
+
+def test_a_package_that_the_data_need_is_a_problem_if_it_is_missing(monkeypatch):
+    for kind, package, source in (('HFDataset', 'datasets', dict(path='acme/x')), ('WebDataset', 'webdataset', dict(
+            urls='https://host/x.tar'))):
+        cfg = config()
+        cfg.train_dataloader.dataset = dict(type=kind, **source)
+        monkeypatch.setattr(diagnosis, 'find_spec', lambda name: None if name == package else 1)
+        assert any(f"{kind} needs the package {package}: pip install 'cdm_plugin[data]'" in problem
+                   for problem in diagnose(cfg).problems)
 
 
 def test_a_pretrained_model_that_cannot_be_downloaded_is_a_problem(monkeypatch):
