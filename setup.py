@@ -14,23 +14,25 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'cdm_plugin/version.py').read_text()).group(1)
 
-# Which distribution gives the import `mmengine`. Pip would install stock MMEngine over a fork, whose files have the same
-# names: CDM_MMENGINE=onedl-mmengine requires the fork in its place, CDM_MMENGINE= none.
+# Which distribution gives the import `mmengine`. Pip would write stock MMEngine's files over those of a fork, which
+# have the same names: CDM_MMENGINE=onedl-mmengine requires the fork in its place, CDM_MMENGINE= none.
 MMENGINE = os.environ.get('CDM_MMENGINE', 'mmengine>=0.10.7')
 CORE = [
     'torch>=2.6', *filter(None, [MMENGINE]), 'diffusers>=0.42', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',
     'pluggy>=1.5', 'tensorboard>=2.16', 'safetensors>=0.4', 'numpy>=1.26', 'pillow>=10', 'tqdm>=4.60',
     'annotated-types>=0.6',
 ]
+DATA = ['datasets>=4.0', 'webdataset>=0.2.100']  # of other libraries: HFDataset, HFStream, WebDataset
 DOCS = ['mkdocs-material>=9.6', 'mkdocstrings[python]>=1.0']
 EXTRAS = {
     # A wheel of xformers is built for one torch: torch 2.10.0 with xformers 0.0.35 is a pair in which all of it loads.
     'scale': ['deepspeed>=0.19', 'xformers>=0.0.33'],
     'quantization': ['bitsandbytes>=0.45'],
+    'data': DATA,
     'bench': ['emoji>=2.14'],  # captions of benchmarks/emoji
     'docs': DOCS,
     'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77',
-             'wheel', 'ruff>=0.15', 'mypy>=2.0', *DOCS],
+             'wheel', 'ruff>=0.15', 'mypy>=2.0', *DATA, *DOCS],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.

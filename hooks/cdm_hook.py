@@ -5,6 +5,7 @@ from mmengine.registry import HOOKS
 
 from cdm_plugin.arguments import Count, Decay
 from cdm_plugin.hooks.anchor_histogram_hook import AnchorHistogramHook
+from cdm_plugin.hooks.bad_records_hook import BadRecordsHook
 from cdm_plugin.hooks.collapse_watch_hook import CollapseWatchHook
 from cdm_plugin.hooks.config_check_hook import ConfigCheckHook
 from cdm_plugin.hooks.data_check_hook import DataCheckHook
@@ -16,6 +17,7 @@ from cdm_plugin.hooks.plain_checkpoint_hook import PlainCheckpointHook
 from cdm_plugin.hooks.precision_hook import PrecisionHook
 from cdm_plugin.hooks.scalars_hook import ScalarsHook
 from cdm_plugin.hooks.signal_hook import SignalHook
+from cdm_plugin.hooks.stream_hook import StreamHook
 from cdm_plugin.hooks.student_ema_hook import StudentEMAHook
 from cdm_plugin.hooks.validation_hook import ValidationHook
 
@@ -45,6 +47,8 @@ class CDMHook(HookGroup):
             *([] if ema_decay is None else [StudentEMAHook(ema_decay)]),
             ValidationHook(),
             DataCheckHook(),
+            StreamHook(),
+            BadRecordsHook(),
             ScalarsHook(),
             AnchorHistogramHook(histogram_interval),
             NonFiniteHook(max_skipped),

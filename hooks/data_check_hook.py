@@ -1,3 +1,4 @@
+from itertools import islice
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from mmengine.registry import HOOKS
 from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
-from cdm_plugin.data import check_cache, check_channel_order, check_latents, check_pictures
+from cdm_plugin.data import Stream, check_cache, check_channel_order, check_latents, check_pictures
 from cdm_plugin.draws import randomness_kept
 from cdm_plugin.hooks.method import method_of
 
@@ -34,22 +35,24 @@ class DataCheckHook(Hook):
         """Encodes the first sample, and looks at some pictures.
 
         Raises:
-            ValueError: If there is none, its embeddings or latents do not go with the model, a loss cannot do with it,
-                or pictures are not in [-1, 1].
+            ValueError: If there is none, its embeddings do not go with the model, a loss cannot do with it, or pictures
+                are not in [-1, 1].
         """
         self._batch_sizes.clear()
         self._compared = False
         dataset, method = runner.train_dataloader.dataset, method_of(runner)
-        if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset) and not isinstance(dataset, Stream):
             return  # a look would take the sample away
-        if len(dataset) == 0:
-            raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
-        check_batches(runner.train_dataloader)
+        if not isinstance(dataset, Stream):
+            if len(dataset) == 0:
+                raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
+            check_batches(runner.train_dataloader)
         check_cache(dataset, method.backbone)
-        check_latents(dataset, method.backbone.codec)
+        check_latents(dataset, method.backbone, method.latent_sizes)
         check_channel_order(dataset)
         with randomness_kept():  # so that the data come as without a look
-            samples = [dataset[i] for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT))]
+            samples = list(islice(dataset.once(), LOOKED_AT)) if isinstance(dataset, Stream) else [
+                dataset[i] for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT))]
         check_pictures([sample['image'] for sample in samples if isinstance(sample, dict) and 'image' in sample],
                        method.backbone.codec, method.latent_sizes)
         data = method.data_preprocessor(samples[:1], True)

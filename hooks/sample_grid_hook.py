@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch.utils.data import IterableDataset
 
 from cdm_plugin.arguments import Count
 from cdm_plugin.condition import Condition
-from cdm_plugin.draws import stream
+from cdm_plugin.data import Stream
+from cdm_plugin.draws import randomness_kept, stream
 from cdm_plugin.hooks.method import method_of
 from cdm_plugin.inference import step_sigmas
 from cdm_plugin.methods import DiffusionModel
@@ -110,9 +112,11 @@ class SampleGridHook(Hook):
                 samples = [dict(prompt=p) for p in self.prompts[:self.num_images]]
             else:
                 dataset = runner.train_dataloader.dataset
-                if isinstance(dataset, IterableDataset):
+                if isinstance(dataset, IterableDataset) and not isinstance(dataset, Stream):
                     raise ValueError('SampleGridHook.prompts is needed with an iterable dataset: a list of texts or '
                                      'class labels')
-                samples = [dataset[i] for i in range(min(self.num_images, len(dataset)))]
+                with randomness_kept():  # of captions that are drawn, and crops
+                    samples = list(islice(dataset.once(), self.num_images)) if isinstance(dataset, Stream) else [
+                        dataset[i] for i in range(min(self.num_images, len(dataset)))]
             self._condition = method.backbone.condition(method.data_preprocessor(samples, False)).to(method.device)
         return self._condition

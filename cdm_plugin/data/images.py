@@ -1,4 +1,5 @@
 """The one reader of pictures, for training and metrics alike: files, PIL images and arrays to the networks' range."""
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,25 @@ def read_image(source: str | Path | Image.Image | np.ndarray, channels: int | No
         return to_image_tensor(pixels)
     except Exception as error:  # decoders raise SyntaxError, struct.error, DecompressionBombError and more
         name = source if isinstance(source, (str, Path)) else getattr(source, 'filename', '') or type(source).__name__
-        reason = 'of no known format' if isinstance(error, UnidentifiedImageError) else (
-            getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__)
-        raise SampleError(f'{str(name)!r} is no readable image ({reason})') from error
+        raise SampleError(f'{str(name)!r} is no readable image ({_reason(error)})') from error
+
+
+def open_image(source: str | bytes, name: str) -> Image.Image:
+    """Opens a picture that `read_image` reads later: its pixels are decoded there.
+
+    Args:
+        source (str or bytes): A file, or what one holds.
+        name (str): What to call it in messages.
+
+    Raises:
+        SampleError: If it is no picture. One line that names it.
+    """
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Exception as error:
+        raise SampleError(f'{name!r} is no readable image ({_reason(error)})') from error
+    image.filename = name
+    return image
 
 
 def to_image_tensor(pixels: np.ndarray) -> Tensor:
@@ -99,6 +116,11 @@ def check_pictures(pictures: Sequence[Any], codec: Any, latent_sizes: Sequence[t
                   '(height x width), which model.image_size has not: they train at their own size, while what is '
                   'sampled in validation, grids and exports has that of model.image_size', 'current',
                   level=logging.WARNING)
+
+
+def _reason(error: Exception) -> str:
+    return 'of no known format' if isinstance(error, UnidentifiedImageError) else (
+        getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__)
 
 
 def _decode(source: str | Path | Image.Image | np.ndarray, background: str) -> np.ndarray:

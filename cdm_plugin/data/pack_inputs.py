@@ -9,6 +9,8 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from cdm_plugin.arguments import Share
+from cdm_plugin.data.captions import VISIT, Captions, lookup
 from cdm_plugin.data.images import read_image
 from cdm_plugin.data.sample import Sample, SampleError
 from cdm_plugin.data.wrappers import leaves
@@ -23,8 +25,9 @@ class PackInputs:
     of a library with a `PackInputs` of its own (mmpretrain, mmagic), write `type='mmengine.PackInputs'`.
 
     Args:
-        prompt (str): Field that holds the prompt, a text or a class label. May be absent from a sample that has a
-            `condition`, unless it is named here. Default 'prompt'.
+        prompt (str): Field that holds the prompt: a text, a class label, or a list of texts, of which one is drawn each
+            time that the sample is read. What lies deeper is named with dots, 'meta.caption'. May be absent from a
+            sample that has a `condition`, unless it is named here. Default 'prompt'.
         image (str, optional): Field that holds the image: the path of an image file, a PIL image, uint8 or uint16
             pixels, (H, W) or (H, W, C) in RGB order, see `read_image`, or a finished float tensor (C, H, W) in [-1, 1].
             Default None: the field `image`, if there is one and it holds any of these but a path.
@@ -34,14 +37,18 @@ class PackInputs:
         channel_order (str, optional): 'rgb' or 'bgr', the order in arrays; OpenCV and the loaders of mmcv give BGR.
             Default None: RGB, with a warning if such a loader stands in the pipeline.
         meta (Sequence[str]): Fields to hand on as they are, in `meta`. Default none.
+        template (str or Sequence[str]): Texts into which the prompt is put in place of `{}`, one of them drawn each
+            time. Default none.
+        dropout (float): Probability with which the empty text replaces the prompt. Default 0.
     """
 
     def __init__(self, prompt: str = 'prompt', image: str | None = None, channels: Literal[1, 3] = 3,
                  background: str = 'white', channel_order: Literal['rgb', 'bgr'] | None = None,
-                 meta: Sequence[str] = ()) -> None:
+                 meta: Sequence[str] = (), template: str | Sequence[str] = (), dropout: Share = 0.0) -> None:
         ImageColor.getrgb(background)  # says what is wrong with it
         self.prompt, self.image, self.meta = prompt, image, tuple(meta)
         self.channels, self.background, self.channel_order = channels, background, channel_order
+        self._captions = Captions([template] if isinstance(template, str) else template, dropout)
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Packs one sample.
@@ -61,7 +68,11 @@ class PackInputs:
         # Cached embeddings stand in for a prompt, but a field that was asked for by name must be there.
         has_condition = isinstance(sample.get('condition'), Mapping)
         if self.prompt in sample or not has_condition or self.prompt != 'prompt':
-            packed['prompt'] = self._prompt(self._field(sample, 'prompt', self.prompt))
+            packed['prompt'] = self._prompt(self._field(sample, 'prompt', self.prompt), sample.get(VISIT))
+        if has_condition and self._captions.changes:
+            raise SampleError('template and dropout of PackInputs change the text of a prompt, but a sample has its '
+                              'embeddings already (condition): use them where the texts are, `cdm cache` encodes every '
+                              "variant, and train on the texts with conditioner=dict(type='EmbeddingConditioner')")
         if self.image is not None or isinstance(sample.get('image'), (Tensor, np.ndarray, Image.Image)):
             packed['image'] = self._image(self._field(sample, 'image', self.image or 'image'))
         if has_condition:
@@ -74,18 +85,24 @@ class PackInputs:
 
     @staticmethod
     def _field(sample: dict[str, Any], key: str, name: str) -> Any:
-        if name not in sample:
+        try:
+            return lookup(sample, name)
+        except KeyError:
             raise SampleError(f'a sample has no field {name!r}, only {_names(sample)}: name the field that holds the '
-                             f"{key} in the dataset's pipeline, dict(type='PackInputs', {key}=...)")
-        return sample[name]
+                              f"{key} in the dataset's pipeline, dict(type='PackInputs', {key}=...)") from None
 
-    def _prompt(self, value: Any) -> str | int:
-        if isinstance(value, str):
-            return value
+    def _prompt(self, value: Any, visit: Any) -> str | int:
+        texts = list(value) if isinstance(value, (list, tuple)) else [value]
+        if texts and all(isinstance(text, str) for text in texts):
+            return self._captions.choose(texts, visit)
         if isinstance(value, (int, np.integer)) or _is_integer_scalar(value):
+            if self._captions.changes:
+                raise SampleError(f'the field {self.prompt!r} of a sample is a class label, but template and dropout '
+                                  'of PackInputs are for texts: leave them out (FlowMatching has model.drop_rate)')
             return int(value)
-        raise SampleError(f'the field {self.prompt!r} of a sample is a {type(value).__name__}, but a prompt is a text '
-                         "or a class label (int): name another field, dict(type='PackInputs', prompt=...)")
+        raise SampleError(f'the field {self.prompt!r} of a sample is {_describe(value)}, but a prompt is a text, a '
+                          'list of texts or a class label (int): name another field, '
+                          "dict(type='PackInputs', prompt=...)")
 
     def _image(self, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3:
@@ -133,7 +150,7 @@ def _is_integer_scalar(value: Any) -> bool:
 
 
 def _names(sample: dict[str, Any]) -> list[str]:
-    return sorted(str(name) for name in sample)
+    return sorted(str(name) for name in sample if name != VISIT)
 
 
 def _describe(value: Any) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.registry import DATASETS, DefaultScope
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
@@ -21,7 +22,6 @@ from cdm_plugin.data.embeddings.files import (
     read_indexed_header,
     write_embeddings,
 )
-from cdm_plugin.data.latents import LatentDataset
 from cdm_plugin.data.sample import Sample, SampleError
 from cdm_plugin.files import whole_file
 from cdm_plugin.registry import is_type
@@ -90,11 +90,6 @@ class PairDataset(Dataset):
                              'run `cdm pairs` again, it completes the folder')
         self._reader = EmbeddingReader()
 
-    @property
-    def metainfo(self) -> dict[str, Any]:
-        """What MMEngine's wrappers ask of a dataset."""
-        return getattr(self.dataset, 'metainfo', {})
-
     def full_init(self) -> None:
         """MMEngine's name for loading the dataset."""
         if hasattr(self.dataset, 'full_init'):
@@ -114,25 +109,24 @@ class PairDataset(Dataset):
 
 
 def dataset_of(cfg: Any, key: str) -> Any:
-    """The dataset at a key of a config; of a PairDataset or a LatentDataset, the one inside."""
+    """The dataset at a key of a config; of a PairDataset, the one inside."""
     found = cfg
     for part in key.split('.'):
         found = found.get(part) if hasattr(found, 'get') else None
     if found is None:
-        raise ValueError(f'the config has no {key!r}: it names the dataset whose samples are taken')
-    while is_type(found, (PairDataset, LatentDataset), DATASETS):
-        found = found['dataset']
+        raise ValueError(f'the config has no {key!r}: it names the dataset whose prompts the teacher draws')
+    found = found['dataset'] if is_type(found, PairDataset, DATASETS) else found
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         dataset = DATASETS.build(found)
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
-    if not hasattr(dataset, '__len__') or not len(dataset):
-        raise ValueError(f'{key} must have a length of 1 or more, so that what is made can be told apart by its number')
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__') or not len(dataset):
+        raise ValueError(f'{key} must have a length of 1 or more, so that pair i is of sample i')
     return dataset
 
 
 def make_pairs(method: Any, dataset: Any, out: str, index: dict[str, Any], batch_size: int) -> int:
-    """Writes the shards of pairs that a folder lacks.
+    """Writes the shards of pairs that a folder lacks; the processes of a run share them, one after the other.
 
     Args:
         method (Distillation): With its teacher.
@@ -164,15 +158,20 @@ def make_pairs(method: Any, dataset: Any, out: str, index: dict[str, Any], batch
             done[entry['name']] = entry
         except ValueError:  # missing or cut: it is made again
             pass
-    reused = len(done)
-    with tqdm(total=index['count'], desc='drawing', unit='pair') as bar:
-        for name, start in zip(names, starts):
-            stop = min(start + index['shard_size'], index['count'])
-            if name not in done:
-                prompts = write_shard(folder / name, method, dataset, range(start, stop), index, batch_size)
-                done[name] = describe_shard(folder / name, prompts)
+    reused, (rank, world_size) = len(done), get_dist_info()
+    absent = [(name, start) for name, start in zip(names, starts) if name not in done]
+    with tqdm(total=len(starts), initial=reused, desc='drawing', unit='shard', disable=rank > 0) as bar:
+        for i in range(0, len(absent), world_size):
+            entries = []
+            for name, start in absent[i:i + world_size][rank:rank + 1]:
+                numbers = range(start, min(start + index['shard_size'], index['count']))
+                prompts = write_shard(folder / name, method, dataset, numbers, index, batch_size)
+                entries.append(describe_shard(folder / name, prompts))
+            together = [entry for part in all_gather_object(entries) for entry in part]
+            done.update({entry['name']: entry for entry in together})
+            if rank == 0:
                 write_index(folder, dict(index, shards=[done[name] for name in sorted(done)]))
-            bar.update(stop - start)
+            bar.update(len(together))
     return reused
 
 

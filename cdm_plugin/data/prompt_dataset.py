@@ -5,23 +5,24 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 from cdm_plugin.assets import resolve
+from cdm_plugin.data.bad_records import leave_out
+from cdm_plugin.data.captions import check_caption, lookup
 from cdm_plugin.data.pack_inputs import PackInputs
-from cdm_plugin.data.prompt_files import is_blank, read_rows
-
-LONGEST = 2**17  # characters of a prompt; tokenizers take minutes for what is no prompt (csv has the same limit)
+from cdm_plugin.data.prompt_files import read_rows
 
 
 @DATASETS.register_module()
 class PromptDataset(BaseDataset):
     """Text prompts from a file.
 
-    A raw sample holds `prompt` (str) and every other column of its row, for transforms to use.
+    A raw sample holds `prompt` (str, or a list of them), every other column of its row, for transforms to use, and
+    `ann_line`, its line.
 
     Args:
         ann_file (str): A `.txt` file (one prompt a line), a `.jsonl` file (one object a line) or a `.csv` file (with a
             header), UTF-8, blank lines skipped; `asset:NAME` for one that comes with the package.
         column (str): Column of the prompts in a jsonl or csv file; in jsonl also what lies deeper, 'meta.caption', or
-            one of a list, 'captions.0'. Default 'prompt'.
+            one of a list, 'captions.0'. Of a list of texts `PackInputs` draws one each time. Default 'prompt'.
         category_column (str, optional): Column of a row's category, or list of categories, for MMEngine's
             `ClassBalancedDataset`. Default None.
         data_root (str): Folder that a relative `ann_file` or prefix starts from. Default ''.
@@ -48,7 +49,12 @@ class PromptDataset(BaseDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Reads and checks all rows."""
-        samples = [self._sample(line, row) for line, row in read_rows(self.ann_file, self.column)]
+        samples = []
+        for line, row in read_rows(self.ann_file, self.column):
+            try:
+                samples.append(self._sample(line, row))
+            except ValueError as error:
+                leave_out(error)
         if not samples:
             raise ValueError(f'`ann_file` {self.ann_file} holds no prompts')
         if self.category_column is not None:
@@ -71,25 +77,14 @@ class PromptDataset(BaseDataset):
             raise ValueError(f'`ann_file` {self.ann_file}: set `category_column` to balance categories')
         return [self.categories.index(name) for name in self._names(self.get_data_info(idx))]
 
-    def _sample(self, line: int, row: dict[str, Any]) -> dict[str, Any]:
+    def _sample(self, line: int, row: dict[str, Any] | ValueError) -> dict[str, Any]:
+        if isinstance(row, ValueError):
+            raise row
         where = f'`ann_file` {self.ann_file}, line {line}'
         prompt = _cell(row, 'column', self.column, where)
-        if not isinstance(prompt, str):
-            first = f", {f'{self.column}.0'!r} for the first of them" if isinstance(prompt, list) else ''
-            raise ValueError(f'{where}: {self.column!r} is a {type(prompt).__name__}, but a prompt is a text; set '
-                             f'`column` to the column of the prompts{first}')
-        if is_blank(prompt):
-            raise ValueError(f'{where}: the prompt is empty; fill it in or delete the row')
-        if len(prompt) > LONGEST:
-            raise ValueError(f'{where}: the prompt has {len(prompt)} characters, more than {LONGEST}; is a line break '
-                             'missing?')
-        if '\0' in prompt:
-            raise ValueError(f'{where}: the prompt holds a NUL character; mend it or delete the row')
-        if not _is_encodable(prompt):
-            raise ValueError(f'{where}: the prompt holds half of a surrogate pair (a cut emoji), which no tokenizer '
-                             'takes; mend it or delete the row')
+        check_caption(prompt, where, 'column', self.column)
         self._check_category(row, where)
-        return self.parse_data_info({**row, 'prompt': prompt})
+        return self.parse_data_info({'ann_line': line, **row, 'prompt': prompt})
 
     def _check_category(self, row: dict[str, Any], where: str) -> None:
         if self.category_column is None:
@@ -104,19 +99,7 @@ class PromptDataset(BaseDataset):
 
 
 def _cell(row: dict[str, Any], key: str, column: str, where: str) -> Any:
-    """A column of a row; if none has that name, what its parts between dots lead to."""
-    value: Any = row
     try:
-        for part in [column] if column in row else column.split('.'):
-            value = value[int(part) if isinstance(value, list) else part]
-    except (KeyError, IndexError, TypeError, ValueError):
+        return lookup(row, column)
+    except KeyError:
         raise ValueError(f'{where}: no column {column!r}, there are {list(row)}; set `{key}` to one of them') from None
-    return value
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -486,6 +486,12 @@ def test_the_recipe_is_resolved():
      "ann_file='prompts.txt' does not exist"),
     ({'train_dataloader.dataset': dict(type='RepeatDataset', times=2, dataset=dict(
         type='EmbeddingDataset', data_root='no/embeddings'))}, "data_root='no/embeddings' does not exist"),
+    ({'train_dataloader.dataset': dict(_delete_=True, type='WebDataset', urls='no/{0..3}.tar')},
+     '`urls` of WebDataset: no/0.tar does not exist'),
+    ({'train_dataloader.dataset': dict(_delete_=True, type='HFStream', path='acme/pictures')},
+     'train_dataloader.sampler must be None, because HFStream has an order of its own'),
+    ({'train_dataloader.dataset': dict(_delete_=True, type='ImageCaptionFolder', data_root='no/pictures')},
+     "data_root='no/pictures' does not exist"),
 ], ids=lambda value: ','.join(value) if isinstance(value, dict) else '')
 def test_what_would_fail_is_a_problem(options, part):
     cfg = config()
@@ -495,6 +501,16 @@ def test_what_would_fail_is_a_problem(options, part):
     report = diagnose(cfg)
     assert any(part in problem for problem in report.problems), report.problems
     assert f'problem: {report.problems[0]}' in format_report(report)
+
+
+def test_a_package_that_the_data_need_is_a_problem_if_it_is_missing(monkeypatch):
+    for kind, package, source in (('HFDataset', 'datasets', dict(path='acme/x')), ('WebDataset', 'webdataset', dict(
+            urls='https://host/x.tar'))):
+        cfg = config()
+        cfg.train_dataloader.dataset = dict(type=kind, **source)
+        monkeypatch.setattr(diagnosis, 'find_spec', lambda name: None if name == package else 1)
+        assert any(f"{kind} needs the package {package}: pip install 'cdm_plugin[data]'" in problem
+                   for problem in diagnose(cfg).problems)
 
 
 def test_a_pretrained_model_that_cannot_be_downloaded_is_a_problem(monkeypatch):

@@ -9,6 +9,7 @@ from mmengine.dataset import default_collate
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from safetensors.torch import load_file
+from scale_support import Workers, run_command
 from tests_support import recording_optimizers, same_bits, tiny_method
 
 from cdm_plugin.cli import main
@@ -58,9 +59,6 @@ def test_pairs_go_round_the_dataset_and_keep_what_samples_hold(tmp_path):
     read = dataset(tmp_path / 'more')
     assert [read[i]['prompt'] for i in range(8)] == [read.dataset[i % 6]['prompt'] for i in range(8)]
     assert not torch.equal(read[0]['pair_noise'], read[6]['pair_noise'])
-    twice = DATASETS.build(dict(type='RepeatDataset', times=2, dataset=dict(
-        type='PairDataset', dataset=LABELS, data_root=str(tmp_path / 'more'))))  # a wrapper of MMEngine's
-    assert len(twice) == 16 and torch.equal(twice[9]['pair_noise'], read[1]['pair_noise'])
     other = dataset(tmp_path / 'more', num_classes=3)
     with pytest.raises(ValueError, match="pair 3 of .*more was made for '3', but the dataset has '0' there"):
         other[3]
@@ -81,6 +79,24 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, capsys):
         same_bits(*(load_file(root / f'{name}.safetensors') for root in (stopped, folder)))
     pairs(stopped, '--seed', '1', status=2)
     assert 'holds other pairs (seed: 0 there, 1 here)' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_draw_the_same(folder, tmp_path):
+    out = tmp_path / 'shared'
+    shutil.copytree(folder, out)
+    arguments = ['pairs', DIGITS, '--out', str(out), '--num', '5', '--steps', '3', '--batch-size', '2',
+                 '--shard-size', '2', '--launcher', 'pytorch', '--cfg-options', 'train_dataloader.dataset.length=6']
+    for lost in (['00000', '00001', '00002'], ['00001'], []):
+        for name in lost:
+            (out / f'{name}.safetensors').unlink()
+        with Workers(run_command, arguments) as workers:
+            assert workers.wait(120) == [0, 0], workers.text()
+            assert f'5 pairs in {out}, shards of an earlier run: {3 - len(lost)}' in workers.text(0)
+            assert 'pairs in' not in workers.text(1)
+        for name in ('00000', '00001', '00002'):
+            same_bits(*(load_file(root / f'{name}.safetensors') for root in (out, folder)))
+        assert (out / 'pairs.json').read_text() == (folder / 'pairs.json').read_text()
 
 
 def test_unfinished_and_absent_folders(folder, tmp_path):

@@ -52,7 +52,7 @@ def test_jsonl_column(tmp_path, ascii_only):
     text = '\n\n'.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
     dataset = PromptDataset(ann_file=write(tmp_path / 'p.jsonl', text), column='caption')
     assert prompts(dataset) == [CAT, TEA]
-    assert dataset.get_data_info(0) == dict(rows[0], prompt=CAT, sample_idx=0)
+    assert dataset.get_data_info(0) == dict(rows[0], prompt=CAT, ann_line=1, sample_idx=0)
 
 
 def test_csv_column_with_quotes_commas_and_line_breaks(tmp_path):
@@ -256,7 +256,15 @@ def test_columns_inside_a_json_object(tmp_path):
         assert prompts(dataset) == [prompt] and dataset.categories == ['a', 'b'] and dataset.get_cat_ids(0) == [0, 1]
     for column in ('meta.text', 'captions.2', 'captions.first', 'meta.caption.0.1', 'nothing.at.all'):
         refused(path, f"line 1: no column '{column}'", column=column)
-    refused(path, "'captions' is a list, .* 'captions.0' for the first of them", column='captions')
+    assert {PromptDataset(ann_file=path, column='captions')[0]['prompt'] for _ in range(40)} == {TEA, 'a fox'}
+
+
+@pytest.mark.parametrize('captions, message', [
+    ([], "line 1: 'prompt' is an empty list"), (['a', ''], 'line 1: the prompt is empty'),
+    (['a', 3], "line 1: 'prompt.1' is a int"), ([['a']], 'line 1: prompt.0 is a list'),
+    ({'en': 'a'}, "line 1: 'prompt' is a dict, but a prompt is a text; set `column`")])
+def test_each_of_several_captions_is_checked(captions, message, tmp_path):
+    refused(write(tmp_path / 'p.jsonl', json.dumps(dict(prompt=captions))), message)
 
 
 @pytest.mark.parametrize('name, text, expected', [

@@ -27,6 +27,8 @@ def config(name='refusals', iterations=2, **changes):
 
 
 OURS = dict(constructor='DistillationOptimWrapperConstructor', student=wrapper(), fake=wrapper())
+STREAM = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
+              dataset=dict(type='HFStream', path='acme/pictures'))
 REFUSED = {
     'compile': (dict(compile=True), 'compile=True .* model.backbone.compile=True'),
     'compile with options': (dict(compile=dict(mode='default')), 'set model.backbone.compile=True'),
@@ -41,6 +43,15 @@ REFUSED = {
     'no constructor': (dict(optim_wrapper=dict(student=wrapper(), fake=wrapper())), 'optim_wrapper needs constructor='),
     'two averages': (dict(custom_hooks=[dict(type='mmengine.EMAHook'), dict(type='CDMHook')]), 'remove EMAHook, or'),
     'no hook': (dict(custom_hooks=[dict(type='ValidationHook')]), r"custom_hooks needs dict\(type='CDMHook'\)"),
+    'a sampler for a stream': (dict(train_dataloader=STREAM),
+                               'train_dataloader.sampler must be None, because HFStream has an order of its own'),
+    'no sampler for a stream': (
+        dict(train_dataloader={k: v for k, v in STREAM.items() if k != 'sampler'}), 'sampler must be None'),
+    'epochs of a stream': (dict(train_dataloader=dict(STREAM, sampler=None),
+                                train_cfg=dict(by_epoch=True, max_epochs=1)),
+                           "dataset.type='HFStream' has no end, and train_cfg counts epochs"),
+    'validation on a stream': (dict(val_dataloader=STREAM, val_cfg=dict(), val_evaluator=[]),
+                               "val_dataloader.dataset.type='HFStream' has no end: take a dataset with a length"),
     'epochs without end': (dict(train_cfg=dict(by_epoch=True, max_epochs=1)), "sampler.type='InfiniteSampler'")}
 
 

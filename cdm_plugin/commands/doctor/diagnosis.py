@@ -11,12 +11,13 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import STRATEGIES, DefaultScope
+from mmengine.registry import DATASETS, STRATEGIES, DefaultScope
 from torch import Tensor
 
 import cdm_plugin  # noqa: F401  registers everything
@@ -36,11 +37,12 @@ from cdm_plugin.commands.doctor.report import GPUS, Memory, Report, _numbers, _p
 from cdm_plugin.commands.doctor.sharding import SHARINGS, Sharing, chosen, data_parallel, memory
 from cdm_plugin.compat.packages import mmengine_distributions
 from cdm_plugin.config import check_config, naming_parts
+from cdm_plugin.data import HFDataset, HFStream, WebDataset
 from cdm_plugin.engine import DistillationDeepSpeedStrategy
 from cdm_plugin.engine.deepspeed_config import MISSING, OWN_KEYS, settle_config
 from cdm_plugin.engine.refusals import lost_gradients, missing_hook, refusals
 from cdm_plugin.methods import DiffusionModel, Distillation
-from cdm_plugin.registry import is_type
+from cdm_plugin.registry import class_of, is_type
 from cdm_plugin.roles import attention
 from cdm_plugin.scopes import clashes
 from cdm_plugin.sigma_samplers import SigmaSampler
@@ -249,6 +251,13 @@ def _check_surroundings(cfg: Config, report: Report) -> None:
                                      if not path.startswith('asset:') else path))
                 if not where.exists():
                     report.problems.append(f'train_dataloader.dataset: {key}={path!r} does not exist')
+        package = {HFDataset: 'datasets', HFStream: 'datasets', WebDataset: 'webdataset'}.get(class_of(part, DATASETS))
+        if package and find_spec(package) is None:
+            report.problems.append(f"train_dataloader.dataset: {part['type']} needs the package {package}: pip install "
+                                   "'cdm_plugin[data]'")
+        elif is_type(part, WebDataset, DATASETS):
+            with _problems(report):  # its files, of which it reads none
+                DATASETS.build({**part, 'pipeline': []})
     backbone = cfg.get('model', {}).get('backbone') or {}
     if backbone.get('quantization') and report.versions['bitsandbytes'] == 'not installed':
         report.problems.append('model.backbone.quantization needs the package bitsandbytes, which is not installed')
