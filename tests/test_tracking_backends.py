@@ -73,7 +73,8 @@ for name in pictures:
     pictures[name] += sorted(glob(folder + name + '+step+*.png'))
 '''
 # What is installed, whether with all that it requires, the config's backend, how its files are read, and how far the
-# pixels of a grid may be off in the mean: ClearML writes JPEG, which blurs the colours of noise; a chart comes nearly whole.
+# pixels of a grid may be off in the mean: ClearML writes JPEG, which blurs the colours of noise; a chart comes nearly
+# whole.
 BACKENDS = dict(
     wandb=(['wandb==0.31.0'], True, "dict(type='WandbVisBackend')", WANDB, 0),
     clearml=(['clearml==2.1.12'], True,
