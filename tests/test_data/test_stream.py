@@ -99,8 +99,7 @@ def test_nothing_to_read_is_an_error_not_a_hang(share):
         next(iter_of(0, 2, (0, 0), share=share))
 
 
-@pytest.mark.parametrize('shuffle', [0, 5])
-@pytest.mark.parametrize('collate', ['pseudo_collate', 'default_collate'])
+@pytest.mark.parametrize('shuffle, collate', [(0, 'default_collate'), (5, 'pseudo_collate')])
 def test_workers_share_and_go_on_whatever_they_have_read_ahead(shuffle, collate):
     """2 ranks x 2 workers of torch's loader, stopped after an odd number of batches."""
     samples, rest = {}, {}
