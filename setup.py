@@ -5,6 +5,7 @@ the package: hooks as `cdm_plugin.hooks`, configs as package data below `cdm_plu
 looks for `cdm_plugin::...` recipes). The command line is installed a second time, as `cdm_command`: importing
 `cdm_plugin.cli` registers the whole package first, which takes seconds that `cdm --help` does not have.
 """
+import os
 import re
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'cdm_plugin/version.py').read_text()).group(1)
 
+# Which distribution gives the import `mmengine`. Pip would install stock MMEngine over a fork, whose files have the same
+# names: CDM_MMENGINE=onedl-mmengine requires the fork in its place, CDM_MMENGINE= none.
+MMENGINE = os.environ.get('CDM_MMENGINE', 'mmengine>=0.10.7')
 CORE = [
-    'torch>=2.6', 'mmengine>=0.10.7', 'diffusers>=0.42', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',
+    'torch>=2.6', *filter(None, [MMENGINE]), 'diffusers>=0.42', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',
     'pluggy>=1.5', 'tensorboard>=2.16', 'safetensors>=0.4', 'numpy>=1.26', 'pillow>=10', 'tqdm>=4.60',
     'annotated-types>=0.6',
 ]
@@ -28,7 +32,7 @@ EXTRAS = {
     'bench': ['emoji>=2.14'],  # captions of benchmarks/emoji
     'docs': DOCS,
     'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77',
-             'wheel', *DATA, *DOCS],
+             'wheel', 'ruff>=0.15', 'mypy>=2.0', *DATA, *DOCS],
 }
 
 # The package's own parts come in through the same door as anybody else's plug-in: importing the module registers.
@@ -54,7 +58,7 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={
-        'console_scripts': ['cdm = cdm_command:main'],
+        'console_scripts': ['cdm = cdm_command:script'],
         'cdm_plugin': [f'{part} = cdm_plugin.{part}' for part in PARTS],
     },
     classifiers=[

@@ -110,7 +110,8 @@ class ExaminerHook(Hook):
 
 def recipe_of(row: plan.Row) -> Config:
     """The consistent recipe with the row's changes."""
-    cfg = load_config(plan.RECIPE, {'model.type': row.type})
+    unshifted = {'model.sigma_shift': 'none'} if row.type == 'DecoupledDMD' else {}  # as the other methods' levels
+    cfg = load_config(plan.RECIPE, {'model.type': row.type, **unshifted})
     for key, value in row.options.items():
         *path, last = key.split('.')
         node = cfg._cfg_dict

@@ -32,7 +32,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 
 Declared = dict[str, tuple[Any, Any]]
-TypedDictMeta = type(TypedDict('TypedDictMeta', {}))
+TypedDictMeta = type(TypedDict('TypedDictMeta', {}))  # type: ignore[operator]
 NUMBERS = {bool: bool, int: numbers.Integral, float: numbers.Real}
 WORDS = {bool: 'True or False', int: 'whole number', float: 'number', str: 'text', dict: 'dict', types.NoneType: 'None'}
 ENDS = {Ge: ('ge', operator.ge), Gt: ('gt', operator.gt), Le: ('le', operator.le), Lt: ('lt', operator.lt)}
@@ -145,7 +145,7 @@ def fits(value: Any, hint: Any, infinite: bool = False) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in inner)
     if hint in NUMBERS:
         return isinstance(value, NUMBERS[hint]) and (hint is bool or not isinstance(value, bool)) and (
-            hint is not float or infinite or math.isfinite(value))
+            hint is not float or infinite or math.isfinite(value))  # type: ignore[arg-type]
     if hint is None or hint is types.NoneType:
         return value is None
     if isinstance(hint, TypedDictMeta):
@@ -202,7 +202,7 @@ def in_words(hint: Any, many: bool = False) -> str:
     if isinstance(hint, TypedDictMeta) or inspect.isclass(origin) and issubclass(origin, Mapping):
         hint = dict
     if inspect.isclass(origin) and issubclass(origin, Iterable) and hint is not dict:
-        kinds = dict.fromkeys(in_words(kind, many=True) for kind in inner if kind is not ...)
+        kinds = list(dict.fromkeys(in_words(kind, many=True) for kind in inner if kind is not ...))
         return ' of '.join(['lists' if many else 'a list', *filter(None, [' and '.join(kinds)])])
     word = WORDS.get(hint, getattr(hint, '__name__', str(hint)))
     return f'{word}s' if many and hint in WORDS else word if word[:1].isupper() else f'a {word}'
@@ -235,5 +235,5 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
                         getattr(self, 'config_key', type(self).__name__), more=None)
         init(self, *args, **kwargs)
 
-    checking.checked = True
+    checking.checked = True  # type: ignore[attr-defined]
     return checking

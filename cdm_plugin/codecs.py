@@ -98,7 +98,7 @@ class VAECodec(Codec):
         dtype (str): Weights' dtype. Default 'float32'.
         **load_kwargs: Passed to `from_pretrained` (`revision`, `variant`, ...).
     """
-    vae_class: type = AutoencoderKL
+    vae_class: type[Any] = AutoencoderKL
 
     def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', **load_kwargs: Any) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ from cdm_plugin import plugins
 from cdm_plugin.arguments import MAY_BE_INFINITE, Count, Limit, NotNegative, Positive, check_arguments, check_value
 from cdm_plugin.errors import USER_ERRORS, describe, did_you_mean
 from cdm_plugin.registry import class_of, registries
+from cdm_plugin.scopes import check_clash, check_importable
 from cdm_plugin.secrets import unmasked
 
 RECIPES = Path(__file__).parent / '.mim' / 'configs'
@@ -97,7 +98,7 @@ def find_config(path: str) -> str:
     """A config's file: a path, or the name of a shipped recipe such as `digits/cdm_sd3-digits_1xb32_4step_800.py`.
 
     Raises:
-        FileNotFoundError: If it is neither; the message lists the shipped recipes of that folder.
+        FileNotFoundError: If it is neither; the message has the recipe that was probably meant.
     """
     if Path(path).is_file():
         return path
@@ -105,8 +106,9 @@ def find_config(path: str) -> str:
     for candidate in (name, name + '.py', name.removeprefix('configs/')):
         if (RECIPES / candidate).is_file():
             return str(RECIPES / candidate)
-    shipped = sorted(str(p.relative_to(RECIPES)) for p in RECIPES.glob('[!_]*/*.py'))
-    raise FileNotFoundError(f'config {path!r} is no file and no shipped recipe; shipped are {", ".join(shipped)}')
+    shipped = sorted(p.relative_to(RECIPES).as_posix() for p in RECIPES.glob('[!_]*/*.py'))
+    raise FileNotFoundError(f'config {path!r} is no file and no shipped recipe{did_you_mean(name, shipped)} '
+                            '`cdm configs` lists the recipes')
 
 
 def load_config(path: str, options: dict[str, Any] | None = None, keys: Collection[str] = RUNNER_KEYS) -> Config:
@@ -244,9 +246,13 @@ def _check_part(path: str, part: dict[str, Any], known: bool) -> bool:
     """
     name = part['type']
     found = {cls for registry in registries() if (cls := class_of(part, registry)) is not None}
+    if not found:
+        check_importable(name)
+    check_clash(path, part)
     if not found and (known if '.' not in name else name.split('.')[0] in LIBRARIES):
         names = {n for registry in registries() for n in registry.module_dict}
-        raise ValueError(f'{path}.type={name!r} is not registered{did_you_mean(name.split(".")[-1], sorted(names))}')
+        raise ValueError(f'{path}.type={name!r} is not registered{did_you_mean(name.split(".")[-1], sorted(names))}'
+                         f'{plugins.absent()}')
     own = [any(_library(base) == 'cdm_plugin' for base in getattr(cls, '__mro__', ())) for cls in found]
     libraries = {_library(cls) for cls in found}
     if len(found) == 1 and all(map(inspect.isclass, found)) and (own[0] or libraries <= CHECKED | _plugins()):

@@ -12,12 +12,18 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from cdm_plugin.flow import shift_sigmas
+
+# Whether a noise level is drawn before the scheduler's shift, which then is applied to it, or as it is used.
+SigmaShift = Literal['none', 'scheduler']
+# How a student goes from one level to the next: an Euler step, or by noising its x0 anew.
+Rollout = Literal['ode', 'renoise']
 
 def stream(*key: Any) -> Generator:
     """A CPU generator whose sequence is a pure function of the key."""
@@ -28,6 +34,8 @@ def stream(*key: Any) -> Generator:
 def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Mapping):
         return {k: _move(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_move(v, device, dtype) for v in value]
     if not isinstance(value, Tensor):
         return value
     if device.type == 'cuda' and value.device.type == 'cpu':
@@ -35,9 +43,13 @@ def _move(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
 
 
+M = TypeVar('M', bound='_Movable')
+
+
+@dataclass(frozen=True)
 class _Movable:
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32):
+    def to(self: M, device: torch.device, dtype: torch.dtype = torch.float32) -> M:
         """A copy on a device; floating-point tensors get the dtype."""
         return dataclasses.replace(self, **{
             f.name: _move(getattr(self, f.name), device, dtype) for f in dataclasses.fields(self)})
@@ -45,22 +57,42 @@ class _Movable:
 
 @dataclass(frozen=True)
 class DrawContext:
-    """What a loss may draw from.
+    """What a loss and a sigma sampler may draw from. All levels are after the scheduler's shift.
 
     Attributes:
         generator (Generator): The loss's own CPU stream.
-        anchor_sigma (Tensor): Noise levels of the anchors, shifted, (B,) float64.
-        draw_grid (Callable): Draws another shifted time grid from a generator, (N,).
+        anchor_sigma (Tensor): Noise levels of the anchors, (B,) float64.
+        draw_grid (Callable): Draws another time grid from a generator, (N,).
         shape (tuple): Shape of the latents, (B, ...).
+        sigmas (Tensor): The iteration's time grid, (N,). Default: empty.
+        scheduler_shift (float): The scheduler's shift of a single level, see `shift_sigmas`. Default 1, none.
+        sigma_shift (str): `shift` of the sigma samplers that state none. Default 'none'.
     """
     generator: Generator
     anchor_sigma: Tensor
     draw_grid: Callable[[Generator], Tensor]
     shape: tuple[int, ...]
+    sigmas: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    scheduler_shift: float = 1.0
+    sigma_shift: SigmaShift = 'none'
 
-    def sigma(self, sampler: Callable) -> Tensor:
+    @property
+    def end_sigma(self) -> Tensor:
+        """Where the sampling step that starts at each anchor ends: the next level of the grid, or 0, (B,)."""
+        levels = torch.cat([self.sigmas, self.sigmas.new_zeros(1)])
+        return torch.where(levels < self.anchor_sigma[:, None], levels, 0.0).amax(1)
+
+    def before_shift(self) -> 'DrawContext':
+        """The same with the levels as they were before the scheduler's shift."""
+        def undone(sigmas: Tensor) -> Tensor:
+            return shift_sigmas(sigmas, 1 / self.scheduler_shift)
+        return dataclasses.replace(
+            self, anchor_sigma=undone(self.anchor_sigma), sigmas=undone(self.sigmas), scheduler_shift=1.0,
+            draw_grid=lambda generator: undone(self.draw_grid(generator)))
+
+    def sigma(self, sampler: Callable[['DrawContext'], Tensor]) -> Tensor:
         """One noise level a sample from a sigma sampler, (B,)."""
-        return sampler(self.generator, self.anchor_sigma, self.draw_grid)
+        return sampler(self)
 
     def noise(self) -> Tensor:
         """Standard normal noise of the latents' shape."""
@@ -79,6 +111,8 @@ class Draws(_Movable):
         fake_sigma (Tensor): Noise levels of the fake-score steps, (fake_steps, B).
         fake_noise (Tensor): Noise of the fake-score steps, (fake_steps, B, ...).
         losses (dict): For each loss by name, the tensors that its `draw` returned. Empty without a student step.
+        step_noise (list): For each call of a rollout that noises anew, the noise of the samples that move, (K, ...).
+            Empty for Euler steps.
         order (Tensor, optional): The samples from the highest anchor to the lowest, (B,) int64. Default: of `anchor`.
         moving (tuple, optional): For each call of the rollout, how many samples have not arrived, the first ones of
             `order`. Default: of `anchor`. A plan made on the host spares the device a synchronisation.
@@ -90,6 +124,7 @@ class Draws(_Movable):
     fake_sigma: Tensor
     fake_noise: Tensor
     losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    step_noise: list[Tensor] = field(default_factory=list)
     order: Tensor | None = None
     moving: tuple[int, ...] | None = None
 
@@ -105,10 +140,16 @@ class Draws(_Movable):
         """Noise level of each sample's anchor, (B,)."""
         return self.sigmas[self.anchor]
 
+    @property
+    def end_sigma(self) -> Tensor:
+        """Where the sampling step that starts at each sample's anchor ends, (B,); 0 for the last one."""
+        return torch.cat([self.sigmas, self.sigmas.new_zeros(1)])[self.anchor + 1]
+
     @classmethod
     def sample(cls, *, seed: int, rank: int, iteration: int, shape: tuple[int, ...], time_grid, fake_sigma: Callable,
                losses: Mapping[str, Any], shift: Callable[[Tensor], Tensor], world_size: int = 1,
-               fake_steps: int = 1) -> 'Draws':
+               fake_steps: int = 1, rollout: Rollout = 'ode', scheduler_shift: float = 1.0,
+               sigma_shift: SigmaShift = 'none') -> 'Draws':
         """Draws one iteration.
 
         Args:
@@ -122,6 +163,8 @@ class Draws(_Movable):
             shift (Callable): The scheduler's shift, (N,) -> (N,).
             world_size (int): Number of ranks. Default 1.
             fake_steps (int): Fake-score steps of the iteration. Default 1.
+            rollout (str): 'ode', or 'renoise' to draw the noise of its steps too. Default 'ode'.
+            scheduler_shift, sigma_shift: See `DrawContext`.
 
         Returns:
             Draws: On the CPU; sigmas in float64, noise in float32.
@@ -135,17 +178,21 @@ class Draws(_Movable):
             return torch.randint(len(sigmas), (batch,), generator=stream(seed, r, iteration, 'anchor'))
 
         def context(name: str) -> DrawContext:
-            return DrawContext(stream(seed, rank, iteration, name), sigmas[anchor], draw_grid, shape)
+            return DrawContext(stream(seed, rank, iteration, name), sigmas[anchor], draw_grid, shape, sigmas,
+                               scheduler_shift, sigma_shift)
 
         sigmas = draw_grid(stream(seed, iteration, 'time_grid'))
         anchor = anchors_of(rank)
         rollout_steps = max(int(anchors_of(r).max()) for r in range(world_size))
+        moving = [int((anchor > step).sum()) for step in range(rollout_steps)] if rollout == 'renoise' else []
         fakes = [context('fake' if step == 0 else f'fake:{step}') for step in range(fake_steps)]
         return cls(
             sigmas=sigmas, anchor=anchor, rollout_steps=rollout_steps, noise=context('noise').noise(),
             fake_sigma=torch.stack([fake.sigma(fake_sigma) for fake in fakes]),
             fake_noise=torch.stack([fake.noise() for fake in fakes]),
-            losses={name: loss.draw(context(f'loss:{name}')) for name, loss in losses.items()})
+            losses={name: loss.draw(context(f'loss:{name}')) for name, loss in losses.items()},
+            step_noise=[torch.randn(k, *shape[1:], generator=stream(seed, rank, iteration, f'step:{step}'))
+                        for step, k in enumerate(moving)])
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,25 @@ def extrapolate(x: Tensor, velocity: Tensor, sigma: Tensor, to_sigma: Tensor) ->
     return full_precision(x) + step * full_precision(velocity)
 
 
+def diffuse(x: Tensor, noise: Tensor, sigma: Tensor, to_sigma: Tensor) -> Tensor:
+    """a x + sqrt(to_sigma^2 - a^2 sigma^2) noise with a = (1 - to_sigma) / (1 - sigma): the forward process from one
+    noise level to a higher one. What has the path's distribution at `sigma` has it at `to_sigma`.
+
+    Args:
+        x (Tensor): Latents at sigma, (B, ...).
+        noise (Tensor): Standard normal noise, (B, ...).
+        sigma (Tensor): Noise levels of x in [0, 1), (B,).
+        to_sigma (Tensor): Noise levels to reach, in [sigma, 1], (B,).
+
+    Returns:
+        Tensor: (B, ...), float32 (float64 if given float64).
+    """
+    low, high = expand_sigma(sigma, x), expand_sigma(to_sigma, x)
+    a = (1 - high) / (1 - low)
+    added = ((high - a * low) * (high + a * low)).clamp(min=0).sqrt()  # rounding may bring 0 below it
+    return a * full_precision(x) + added * full_precision(noise)
+
+
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """sigma' = shift sigma / (1 + (shift - 1) sigma), the resolution shift of SD3 (Esser et al. 2024, eq. 23).
 

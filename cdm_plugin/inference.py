@@ -30,7 +30,7 @@ from cdm_plugin.engine.shard_files import is_sharded, read_whole
 from cdm_plugin.export import INDEX_FILE, missing_t5
 from cdm_plugin.files import find_latest_checkpoint
 from cdm_plugin.flow import full_precision
-from cdm_plugin.methods import DiffusionModel
+from cdm_plugin.methods import DiffusionModel, FlowMatching
 from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.registry import checked_types, is_type, registered
 from cdm_plugin.roles.lora import STARTS
@@ -98,7 +98,8 @@ def _from_folder(folder: Path, image_size: Any) -> DiffusionModel:
     if 'lora' in parts:
         backbone, lora = _base_of(folder, parts), dict(parts['lora'], student=str(folder))
     return DiffusionModel(backbone=backbone, lora=lora, image_size=image_size or parts.get('image_size'),
-                          sample_sigmas=parts.get('sample_sigmas', (1.0, 0.75, 0.5, 0.25)))
+                          sample_sigmas=parts.get('sample_sigmas', (1.0, 0.75, 0.5, 0.25)),
+                          rollout=parts.get('rollout', 'ode'))
 
 
 def _base_of(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def _base_of(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
     scheduler = FlowMatchEulerDiscreteScheduler.load_config(str(folder), subfolder='scheduler')
     return checked_types(dict(
         base, type=parts['backbone'],
-        scheduler={key: value for key, value in scheduler.items() if not key.startswith('_')},
+        scheduler={key: value for key, value in scheduler.items()
+                   if not key.startswith('_') and key != 'stochastic_sampling'},  # the folder's `rollout` says it
         **{name: parts[name] for name in ('conditioner', 'codec') if parts.get(name)}), folder / PARTS_FILE, 'base')
 
 
@@ -134,6 +136,8 @@ def _from_pipeline(folder: Path, image_size: Any) -> DiffusionModel:
                          f'there are backbones for {", ".join(sorted(kinds))}')
     method = DiffusionModel(backbone=dict(type=kind, pretrained=str(folder), conditioner=missing_t5(index) or None),
                             image_size=image_size)
+    stochastic = method.backbone.scheduler.config.stochastic_sampling or 'FlowMatchLCMScheduler' in index['scheduler']
+    method.rollout = 'renoise' if stochastic else 'ode'
     method.sample_sigmas = step_sigmas(method.backbone.pipeline_defaults()['num_inference_steps'])
     return method
 
@@ -208,14 +212,16 @@ def _build(model: dict[str, Any], roles: Collection[str], hollow: bool) -> Diffu
     shared = inspect.signature(DiffusionModel).parameters
     settings = {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
     settings = {name: value for name, value in {**settings, **model}.items() if name in shared}
+    if issubclass(kind, FlowMatching):
+        settings.pop('rollout', None)  # which it leaves aside
     backbone: Backbone = MODELS.build(dict(settings.pop('backbone')))
     full = backbone.dtype in (torch.float32, torch.float64)  # otherwise diffusers may keep some weights in float32
     if hollow and full and 'lora' not in model and type(backbone).build_network is Backbone.build_network:
-        backbone.build_network = lambda: _hollow_network(backbone)
+        backbone.build_network = lambda dtype=None: _hollow_network(backbone)
     try:
         return DiffusionModel(backbone, **settings)
     finally:
-        vars(backbone).pop('build_network', None)
+        backbone.__dict__.pop('build_network', None)
 
 
 def _hollow_network(backbone: Backbone) -> nn.Module:

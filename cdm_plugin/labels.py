@@ -3,6 +3,7 @@ import functools
 import logging
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 from mmengine.logging import print_log
 from PIL import Image, ImageDraw, ImageFont
@@ -36,7 +37,7 @@ def _length(part: str, font: ImageFont.FreeTypeFont, size: int) -> float:
     return font.getlength(part) * size / font.size
 
 
-def _parts(text: str, size: int) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+def _parts(text: str, size: int) -> list[tuple[str, Any]]:
     """The text, cut where another font has to go on."""
     if text.isascii():
         return [(text, ImageFont.load_default(size))]

@@ -16,10 +16,12 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # MMEngine's own classes have to be registered before a plug-in's are told apart from them.
 import mmengine.runner  # noqa: F401
@@ -30,7 +32,7 @@ from cdm_plugin import hookspecs
 from cdm_plugin.arguments import guard
 from cdm_plugin.hookspecs import PROJECT, hookimpl
 
-__all__ = ['PARTS', 'PluginInfo', 'format_table', 'hookimpl', 'load', 'loaded', 'manager']
+__all__ = ['PARTS', 'PluginInfo', 'absent', 'format_table', 'hookimpl', 'hooks_of', 'load', 'loaded', 'manager']
 
 OWN = 'cdm-plugin'  # this distribution's name, normalised
 DISABLE = 'CDM_DISABLE_PLUGINS'
@@ -67,12 +69,20 @@ class PluginInfo:
     error: str = ''
     registered: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f'the plug-in {self.entry_point!r} ({self.module}) of the distribution {self.distribution!r}'
+
+    @property
+    def remedy(self) -> str:
+        """What to do when it fails."""
+        return f'Update or uninstall {self.distribution}, or leave all plug-ins out with {DISABLE}=1'
+
 
 class _Manager(pluggy.PluginManager):
     """pluggy's manager. A plug-in that somebody imported first, and that imports cdm_plugin, has no hooks yet when
     `load` meets it: such ones are taken in before hooks are called."""
 
-    @property
+    @property  # type: ignore[misc]
     def hook(self) -> pluggy.HookRelay:
         if _infos:
             _load_waiting()
@@ -121,6 +131,24 @@ def loaded() -> list[PluginInfo]:
     return list(_infos.values())
 
 
+def absent() -> str:
+    """The end of a message about something that is not there: the plug-ins that are left out, which may have it."""
+    out = [f'{info}, {info.error or DISABLE}' for info in loaded() if info.status in ('failed', 'disabled')]
+    return f' (left out: {"; ".join(out)})' if out else ''
+
+
+def hooks_of(name: str) -> Iterator[tuple[PluginInfo, Callable[..., Any]]]:
+    """The plug-ins that have a hook, in pluggy's order, and what to call, with keyword arguments."""
+    for impl in reversed(getattr(manager.hook, name).get_hookimpls()):
+        name = impl.plugin_name
+        by_hand = PluginInfo(name, 'registered by hand', '', name, getattr(impl.function, '__module__', name), '')
+        yield _infos.get(name, by_hand), partial(_call, impl)
+
+
+def _call(impl: pluggy.HookImpl, **arguments: Any) -> Any:
+    return impl.function(*(arguments[name] for name in impl.argnames))
+
+
 def format_table(infos: Iterable[PluginInfo]) -> str:
     """Plug-ins as aligned text of 100 columns; names and paths are never broken, so a long path may stick out."""
     infos = list(infos)
@@ -153,7 +181,8 @@ def _find() -> list[PluginInfo]:
         for point in place.entry_points.select(group=PROJECT):
             key, module = f'{name}:{point.name}', point.value.partition(':')[0].strip()
             _points[key] = point
-            found.append(PluginInfo(key, name, version, point.name, module, str(Path(place.locate_file('')).resolve())))
+            folder = Path(str(place.locate_file(''))).resolve()
+            found.append(PluginInfo(key, name, version, point.name, module, str(folder)))
     return found
 
 
@@ -184,8 +213,7 @@ def _load_waiting() -> None:
                 raise
             failed += [_infos[name]] if _infos[name].error else []
     for info in failed:  # last, so that turning warnings into errors leaves no plug-in unloaded
-        warnings.warn(f'the plug-in {info.entry_point!r} ({info.module}) of the distribution {info.distribution!r} '
-                      f'failed and is left out: {info.error}', RuntimeWarning, stacklevel=3)
+        warnings.warn(f'{info} failed and is left out: {info.error}. {info.remedy}', RuntimeWarning, stacklevel=3)
 
 
 def _load(info: PluginInfo) -> PluginInfo:
@@ -213,6 +241,9 @@ def _register(name: str, plugin: object) -> None:
     try:
         manager.register(plugin, name=name)
         manager.check_pending()
+        for caller in manager.get_hookcallers(plugin) or ():
+            if any(impl.plugin is plugin and (impl.wrapper or impl.hookwrapper) for impl in caller.get_hookimpls()):
+                raise pluggy.PluginValidationError(plugin, f'{caller.name} may not be a wrapper of other plug-ins')
     except pluggy.PluginValidationError:
         if manager.has_plugin(name):  # depends on pluggy's version
             manager.unregister(name=name)

@@ -68,15 +68,17 @@ def check_load_keys(load_kwargs: dict[str, Any], key: str, cls: type) -> None:
     for name in load_kwargs:
         if name not in LOAD_KEYS:
             known = [n for base in cls.__mro__ if '__init__' in vars(base) and base.__module__.startswith('cdm_plugin')
-                     for n, p in inspect.signature(base.__init__).parameters.items()
+                     for n, p in inspect.signature(vars(base)['__init__']).parameters.items()
                      if n != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
             known = list(dict.fromkeys([*known, *LOAD_KEYS]))
             raise ValueError(f'{key}.{name} is unknown: {cls.__name__} takes {", ".join(known)}'
                              f'{did_you_mean(name, known)}')
 
 
-def check_dtype(dtype: str, key: str) -> torch.dtype:
+def check_dtype(dtype: str, key: str, *others: str) -> torch.dtype:
     """A dtype by its name. float16 is refused: its range is too small for T5 and for large transformers.
+
+    `others` are names that the caller takes too.
 
     Raises:
         ValueError: If it is none of float32, bfloat16 and float64; names the config's key.
@@ -84,5 +86,6 @@ def check_dtype(dtype: str, key: str) -> torch.dtype:
     value = getattr(torch, str(dtype), None)
     if value not in (torch.float32, torch.float64, torch.bfloat16):
         why = ' (float16 overflows in these models: take bfloat16)' if value is torch.float16 else ''
-        raise ValueError(f'{key} must be float32, bfloat16 or float64, but is {dtype!r}{why}')
+        known = ', '.join((*others, 'float32', 'bfloat16'))
+        raise ValueError(f'{key} must be {known} or float64, but is {dtype!r}{why}')
     return value

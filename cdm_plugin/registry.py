@@ -108,7 +108,8 @@ def checked_types(value: Any, source: str | Path, key: str) -> Any:
         names = [name for registry in FILE_REGISTRIES for name, known in registry.module_dict.items()
                  if _is_ours(name, known, registry)]
         raise ValueError(f'{source}: {key}.type={kind!r} is refused: a file that is no config may name only what '
-                         f'cdm_plugin and loaded plug-ins have registered: {", ".join(sorted(names))}')
+                         f'cdm_plugin and loaded plug-ins have registered: {", ".join(sorted(names))}'
+                         f'{plugins.absent()}')
     check_arguments(cls, checked, f'{source}: {key}')
     return dict(type=kind.rpartition('.')[2], **checked)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdm_plugin.flow import extrapolate
+from cdm_plugin.flow import add_noise, extrapolate, to_x0
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prediction:
 
 @torch.no_grad()
 def rollout(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], draws) -> tuple[Tensor, Tensor]:
-    """Euler steps from noise to the anchors.
+    """Steps from noise to the anchors: Euler steps or, where the draws have noise for it, x0 noised anew.
 
     A sample leaves the batch as soon as it has reached its anchor: what comes after is never used. The number of
     network calls is `draws.rollout_steps` on every rank, whatever the rank's own anchors are (a sharded network would
@@ -50,6 +50,8 @@ def rollout(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], draws) -> tupl
         index = draws.order[:max(moving, 1)]
         sigma, next_sigma = (s.expand(len(index)) for s in draws.sigmas[step:step + 2])
         answer = velocity(x[index], sigma, index)
-        if moving:
+        if moving and draws.step_noise:
+            x[index] = add_noise(to_x0(x[index], answer, sigma), draws.step_noise[step], next_sigma)
+        elif moving:
             x[index] = extrapolate(x[index], answer, sigma, next_sigma)
     return x, draws.anchor_sigma

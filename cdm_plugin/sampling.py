@@ -1,10 +1,12 @@
-"""Inference: levels, and Euler steps from noise to clean latents."""
+"""Inference: levels, and steps from noise to clean latents."""
+import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cdm_plugin.flow import extrapolate
+from cdm_plugin.draws import stream
+from cdm_plugin.flow import add_noise, extrapolate, to_x0
 
 
 @torch.no_grad()
@@ -25,6 +27,30 @@ def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, si
         sigma, next_sigma = sigma.expand(len(x)), next_sigma.expand(len(x))
         x = extrapolate(x, velocity(x, sigma), sigma, next_sigma)
     return x
+
+
+@torch.no_grad()
+def renoise_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Tensor) -> Tensor:
+    """From level to level by noising the estimate of x0 anew (DMD2, arXiv 2405.14867, section 4.4), as diffusers' does
+    with `stochastic_sampling`, and FlowMatchLCMScheduler.
+
+    The noise of each step is a function of the sample's first noise, so that an image depends on that alone.
+
+    Args:
+        velocity, noise, sigmas: See `euler_sample`.
+
+    Returns:
+        Tensor: Clean latents, (B, ...), float32.
+    """
+    keys = [hashlib.blake2b(row.float().cpu().numpy().tobytes()).hexdigest() for row in noise]
+    x0 = x = noise
+    for step, sigma in enumerate(sigmas.to(noise)):
+        if step:
+            fresh = [torch.randn(x0.shape[1:], generator=stream('renoise', key, step)) for key in keys]
+            x = add_noise(x0, torch.stack(fresh).to(noise), sigma.expand(len(x)))
+        x0 = to_x0(x, velocity(x, sigma.expand(len(x))), sigma.expand(len(x)))
+    return x0
+
 
 def step_sigmas(steps: int) -> Tensor:
     """The usual levels of `steps` steps before the scheduler's shift: 1, 1 - 1/steps, ..., 1/steps."""

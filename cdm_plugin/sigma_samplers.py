@@ -1,17 +1,17 @@
 """Sigma samplers: the laws from which losses draw the noise levels of their questions, one level a sample.
 
-Each is called with the generator, the anchors' levels and a function that draws one (shifted) time grid; it uses
-what its law depends on.
+Each is called with a `DrawContext` (generator, levels of the anchors, time grids), and uses what its law depends on.
 """
-from collections.abc import Callable
+import inspect
+from typing import Any
 
 import torch
 from mmengine.registry import TASK_UTILS
-from torch import Generator, Tensor
+from torch import Tensor
 
 from cdm_plugin.arguments import Positive, Share
-
-DrawGrid = Callable[[Generator], Tensor]
+from cdm_plugin.draws import DrawContext, SigmaShift
+from cdm_plugin.flow import shift_sigmas
 
 
 class SigmaSampler:
@@ -20,37 +20,46 @@ class SigmaSampler:
     Args:
         low (float): Smallest noise level. Default 0.02.
         high (float): Largest noise level. Default 0.98.
+        shift (str, optional): 'none': the law is that of the levels as they are used. 'scheduler': it is that of the
+            levels before the scheduler's shift, those of the anchors included; the shift is applied to what is drawn,
+            and then the clamp. Default: the method's `sigma_shift`.
     """
 
-    def __init__(self, low: Share = 0.02, high: Share = 0.98) -> None:
+    def __init__(self, low: Share = 0.02, high: Share = 0.98, shift: SigmaShift | None = None) -> None:
         if low >= high:
             raise ValueError(f'{type(self).__name__} needs 0 <= low < high <= 1, but has low={low} and high={high}')
-        self.low, self.high = low, high
+        self.low, self.high, self.shift = low, high, shift
 
-    def __call__(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
-        """Draws one level a sample.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        law = vars(cls).get('law')
+        if law is not None and len(inspect.signature(law).parameters) != 2:
+            raise TypeError(f'{cls.__name__}.law{inspect.signature(law)} must take (self, context): what a sampler '
+                            'draws from is one cdm_plugin.draws.DrawContext')
 
-        Args:
-            generator (Generator): CPU generator.
-            anchor_sigma (Tensor): Noise levels of the anchors after the scheduler's shift, (B,).
-            draw_grid (Callable): Draws another time grid, (N,), after the scheduler's shift.
+    def __call__(self, context: DrawContext) -> Tensor:
+        """Draws one level a sample, (B,) float64 in [low, high]."""
+        if (self.shift or context.sigma_shift) == 'scheduler':
+            sigma = shift_sigmas(self.law(context.before_shift()), context.scheduler_shift)
+        else:
+            sigma = self.law(context)
+        return sigma.clamp(self.low, self.high)
 
-        Returns:
-            Tensor: (B,) float64 in [low, high].
-        """
-        return self.law(generator, anchor_sigma, draw_grid).clamp(self.low, self.high)
-
-    def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
-        """The draw before the clamp, (B,) float64."""
+    def law(self, context: DrawContext) -> Tensor:
+        """The draw before shift and clamp, (B,) float64."""
         raise NotImplementedError
+
+
+def _uniform(context: DrawContext) -> Tensor:
+    return torch.rand(len(context.anchor_sigma), generator=context.generator, dtype=torch.float64)
 
 
 @TASK_UTILS.register_module()
 class UniformSigma(SigmaSampler):
     """sigma ~ U(0, 1)."""
 
-    def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
-        return torch.rand(len(anchor_sigma), generator=generator, dtype=torch.float64)
+    def law(self, context: DrawContext) -> Tensor:
+        return _uniform(context)
 
 
 @TASK_UTILS.register_module()
@@ -58,8 +67,24 @@ class CappedUniformSigma(SigmaSampler):
     """sigma ~ U(0, sigma_n): never noisier than the sample's own anchor. The published law of CA (arXiv 2511.22677,
     section 4.1)."""
 
-    def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
-        return anchor_sigma.double() * torch.rand(len(anchor_sigma), generator=generator, dtype=torch.float64)
+    def law(self, context: DrawContext) -> Tensor:
+        return context.anchor_sigma.double() * _uniform(context)
+
+
+@TASK_UTILS.register_module()
+class StepSigma(SigmaSampler):
+    """sigma ~ U(end of the step, sigma_n), between the sample's own anchor and the next level of its time grid: no two
+    anchors of a grid share a level (TDM, arXiv 2503.06674).
+
+    No draw leaves that interval, not even for the clamp: a level below the step's end cannot be reached from there.
+    """
+
+    def __call__(self, context: DrawContext) -> Tensor:
+        return super().__call__(context).clamp(context.end_sigma, context.anchor_sigma.double())
+
+    def law(self, context: DrawContext) -> Tensor:
+        end = context.end_sigma.double()
+        return end + (context.anchor_sigma.double() - end) * _uniform(context)
 
 
 @TASK_UTILS.register_module()
@@ -69,16 +94,16 @@ class LogitNormalSigma(SigmaSampler):
     Args:
         mean (float): Mean of logit(sigma). Default 0.
         std (float): Standard deviation of logit(sigma), above 0. Default 1.
-        low (float): Smallest noise level. Default 0.02.
-        high (float): Largest noise level. Default 0.98.
+        low, high, shift: See `SigmaSampler`.
     """
 
-    def __init__(self, mean: float = 0.0, std: Positive = 1.0, low: Share = 0.02, high: Share = 0.98) -> None:
-        super().__init__(low, high)
+    def __init__(self, mean: float = 0.0, std: Positive = 1.0, low: Share = 0.02, high: Share = 0.98,
+                 shift: SigmaShift | None = None) -> None:
+        super().__init__(low, high, shift)
         self.mean, self.std = mean, std
 
-    def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
-        z = torch.randn(len(anchor_sigma), generator=generator, dtype=torch.float64)
+    def law(self, context: DrawContext) -> Tensor:
+        z = torch.randn(len(context.anchor_sigma), generator=context.generator, dtype=torch.float64)
         return torch.sigmoid(self.mean + self.std * z)
 
 
@@ -91,8 +116,9 @@ class AnchorSigma(SigmaSampler):
     """
 
     def __init__(self, low: Share = 0.0, high: Share = 1.0) -> None:
-        super().__init__(low, high)
+        super().__init__(low, high, shift='none')  # a grid has been shifted
 
-    def law(self, generator: Generator, anchor_sigma: Tensor, draw_grid: DrawGrid) -> Tensor:
-        grids = [draw_grid(generator) for _ in range(len(anchor_sigma))]
+    def law(self, context: DrawContext) -> Tensor:
+        generator = context.generator
+        grids = [context.draw_grid(generator) for _ in range(len(context.anchor_sigma))]
         return torch.stack([g[torch.randint(len(g), (), generator=generator)] for g in grids]).double()

@@ -26,6 +26,9 @@ class CollapseWatchHook(Hook):
     """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._scalars: list[dict[str, Any]] = []
         self._lowest: dict[str, float] = {}
         self._best_contrast = 0.0
@@ -34,7 +37,7 @@ class CollapseWatchHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Forgets an earlier training."""
-        self.__init__()
+        self._forget()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Keeps the scalars, on their device, and looks at what is new."""

@@ -1,3 +1,4 @@
+import logging
 from typing import Any
 
 from mmengine.hooks import CheckpointHook, Hook
@@ -8,9 +9,8 @@ from mmengine.registry import HOOKS
 
 from cdm_plugin.config import check_parts
 from cdm_plugin.engine import DistillationDataParallel
-from cdm_plugin.engine.refusals import refusals
+from cdm_plugin.engine.refusals import lost_gradients, refusals
 from cdm_plugin.hooks.method import method_of
-from cdm_plugin.methods import DiffusionModel
 
 
 @HOOKS.register_module()
@@ -34,15 +34,7 @@ class ConfigCheckHook(Hook):
         if not isinstance(runner.optim_wrapper, OptimWrapperDict):
             raise ValueError("optim_wrapper needs constructor='DistillationOptimWrapperConstructor' and one entry a "
                              f'role: {", ".join(method.trained_roles)}')
-        self._check_accumulation(runner, method)
-
-    @staticmethod
-    def _check_accumulation(runner: Any, method: DiffusionModel) -> None:
-        """Gradients that wait for their update are in no checkpoint."""
-        counts = {role: wrapper._accumulative_counts for role, wrapper in runner.optim_wrapper.items()}
-        cycle = max((counts[phase.role] * phase.every for phase in method.phases if counts[phase.role] > 1), default=1)
         for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook) and hook.interval > 0 and not hook.by_epoch and hook.interval % cycle:
-                print_log(f'default_hooks.checkpoint.interval={hook.interval} is no multiple of {cycle} (iterations a '
-                          'turn x accumulative_counts): a run resumed from such a checkpoint loses the gradients '
-                          'accumulated until then and differs from an uninterrupted one', 'current', level=30)
+            if isinstance(hook, CheckpointHook) and not hook.by_epoch:
+                for line in lost_gradients(method, dict(runner.optim_wrapper.items()), hook.interval):
+                    print_log(line, 'current', level=logging.WARNING)

@@ -6,7 +6,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
 from cdm_plugin.data import Stream, check_cache, check_channel_order, check_pictures
@@ -88,7 +88,7 @@ class DataCheckHook(Hook):
         self._batch_sizes.clear()
 
 
-def check_batches(loader: DataLoader) -> None:
+def check_batches(loader: Any) -> None:
     """Raises ValueError if an epoch has no batch, or not as many on every rank: the others would wait for the last one
     until the timeout."""
     if isinstance(getattr(loader.batch_sampler, 'sampler', None), InfiniteSampler):

@@ -14,6 +14,8 @@ from cdm_plugin.methods.base import TRAINED_KEYS
 from cdm_plugin.secrets import without_secrets
 
 FROM_WEIGHTS = 'To start a new run from its weights, set load_from and leave resume out'
+# The setting that says whether noise levels are drawn before the scheduler's shift.
+LEVELS = 'sigma_shift'
 # What MMEngine goes on from.
 PARTS = ('meta', 'message_hub', 'optimizer')
 
@@ -45,6 +47,8 @@ class LoadCheckHook(Hook):
         if runner._resume and isinstance(checkpoint, dict) and 'config' in checkpoint:
             check_resumed(checkpoint['config'].get('model', {}), runner.cfg.model)
         method = method_of(runner)
+        if runner._resume and isinstance(checkpoint, dict):
+            check_levels(checkpoint.get('meta', {}), runner.cfg.model, method)
         sharded = any(hasattr(getattr(method, role), 'weight_shards') for role in method.trained_roles)
         if not sharded:  # DistillationDeepSpeedStrategy compares what it loads itself
             content = as_checkpoint(checkpoint, source)
@@ -59,6 +63,10 @@ class LoadCheckHook(Hook):
                 check_start(weights, own, method.trains if training else (method.main_role,), source)
             checkpoint.clear()
             checkpoint.update(content)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Notes the law of the noise levels, which the config need not say."""
+        checkpoint.setdefault('meta', {})[LEVELS] = getattr(method_of(runner), LEVELS, None)
 
     @staticmethod
     def _check_resumed(runner: Any, checkpoint: dict[str, Any], source: str) -> None:
@@ -90,3 +98,17 @@ def check_resumed(saved: dict[str, Any], model: dict[str, Any]) -> None:
         if key != 'lora' and saved.get(key) != model.get(key):
             print_log(f'model.{key} is {model.get(key)!r} from now on, as the config says (until now '
                       f'{saved.get(key)!r})', 'current', level=logging.WARNING)
+
+
+def check_levels(meta: dict[str, Any], model: dict[str, Any], method: Any) -> None:
+    """Refuses to go on with another law of the noise levels by a default: checkpoints that note none are older than the
+    choice, and had none shifted.
+
+    Raises:
+        ValueError: If the law is another than the checkpoint's, and the config does not ask for it.
+    """
+    own, saved = getattr(method, LEVELS, None), meta.get(LEVELS) or 'none'
+    if own not in (None, saved) and model.get(LEVELS) is None:
+        raise ValueError(f'model.{LEVELS} is {own!r} by default in {type(method).__name__}, but the run that is '
+                         f'resumed was trained with {saved!r}: set model.{LEVELS}={saved!r} to go on as it was, or '
+                         f'{own!r} to change it')

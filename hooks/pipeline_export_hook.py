@@ -25,8 +25,8 @@ class PipelineExportHook(Hook):
         interval (int, optional): Iterations between exports while training, to `iter_N` in that folder. Default:
             none while training.
         ema (bool): Whether to write the EMA weights (the student's own if there are none). Default True.
-        dtype (str, optional): Of the weights in the files, 'float32' or 'bfloat16'. Default: the network's own, and
-            float32 with `fuse`.
+        dtype (str, optional): Of the weights in the files, 'float32', 'bfloat16' or 'float8'. Default: the network's
+            own, and float32 with `fuse`.
         fuse (bool): Whether to add LoRA adapters to the weights of their base. Default False.
         prompts (list, optional): Texts or class labels to draw images of, for the model card.
     """

@@ -7,6 +7,7 @@ from mmengine.registry import HOOKS
 
 from cdm_plugin.arguments import Decay
 from cdm_plugin.engine import StudentEMA
+from cdm_plugin.engine.refusals import TWO_AVERAGES
 from cdm_plugin.hooks.method import method_of
 
 
@@ -35,10 +36,7 @@ class StudentEMAHook(Hook):
             ValueError: If MMEngine's EMAHook is there too.
         """
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
-            # Both exchange weights around a validation, and change back in the same order.
-            raise ValueError("custom_hooks has MMEngine's EMAHook beside the student's average of CDMHook, and each "
-                             'validation would leave the student with the weights of one of them: remove EMAHook, or '
-                             'set ema_decay=None of CDMHook')
+            raise ValueError(TWO_AVERAGES)
         self._start(runner)
 
     def _start(self, runner: Any) -> None:

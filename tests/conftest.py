@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import gc
 import os
@@ -5,7 +6,9 @@ import os
 import pytest
 import recipes
 import torch
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 
 
 def pytest_configure(config):
@@ -33,13 +36,30 @@ def share_reports(tmp_path_factory):
     recipes.SHARED = own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
 
 
-@pytest.fixture(autouse=True)
-def leave_scopes():
-    """A command stays in the scope of its config, a test does not."""
-    before = set(DefaultScope._instance_dict)
+@contextlib.contextmanager
+def left_nothing():
+    """What a runner leaves in MMEngine under its name (logger, hub, visualizer, scope) goes: a later one of the same
+    name, which has the second it starts in, would get it, with a console that is closed by then."""
+    kinds = DefaultScope, MMLogger, MessageHub, Visualizer
+    before = [set(kind._instance_dict) for kind in kinds]
     yield
-    for name in set(DefaultScope._instance_dict) - before:
-        DefaultScope._instance_dict.pop(name)
+    for kind, names in zip(kinds, before):
+        for name in set(kind._instance_dict) - names:
+            instance = kind._instance_dict.pop(name)
+            for handler in getattr(instance, 'handlers', ()):
+                handler.close()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def modules_leave_nothing():
+    with left_nothing():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def tests_leave_nothing(modules_leave_nothing):
+    with left_nothing():
+        yield
 
 
 @pytest.fixture

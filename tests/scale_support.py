@@ -15,6 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
+from cdm_plugin.compat.workers import STOP_SIGNALS
+
 # Processes are forked from one that has imported everything, which takes seconds, and has done nothing else. CUDA does
 # not survive a fork.
 processes = multiprocessing.get_context('spawn' if torch.cuda.is_available() else 'forkserver')
@@ -48,6 +50,12 @@ def free_port():
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))
         return sock.getsockname()[1]
+
+
+def listen():
+    """Handles signals as a process of a terminal does: under nohup, or in a shell without jobs, some are ignored."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 class Workers:
@@ -119,6 +127,7 @@ def run_worker(env, log, function, args):
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)
+    listen()
     faulthandler.enable()
     torch.set_num_threads(1)
     gc.freeze()  # what was imported before the fork

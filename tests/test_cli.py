@@ -118,6 +118,30 @@ def test_a_mistake_is_one_line_and_its_traceback_at_hand(capsys, monkeypatch):
         main(['doctor', 'no.py'])
 
 
+LOGINS = ('see https://me:pw@host/x?token=pw of hf_abcdefghijklmnopqrst', 'see https://***@host/x?token=*** of ***')
+
+
+@pytest.mark.parametrize('error', [ValueError, lambda text: OSError(2, 'No such file', text)], ids=['value', 'os'])
+def test_a_mistake_has_no_secret_with_its_traceback_or_without(error, monkeypatch, capsys):
+    def look_up(args):
+        try:
+            raise error(LOGINS[0])
+        except Exception as cause:
+            raise RuntimeError('a bug') if args.traceback else cause
+
+    monkeypatch.setattr('cdm_plugin.cli.plugins.run', look_up)
+    assert main(['plugins']) == 2
+    line = capsys.readouterr().err
+    assert LOGINS[1] in line and 'pw' not in line
+    monkeypatch.setattr(sys, 'argv', ['cdm', '--traceback', 'plugins'])
+    monkeypatch.setattr(sys, 'excepthook', None)
+    with pytest.raises(RuntimeError) as found:
+        cli.script()
+    sys.excepthook(found.type, found.value, found.tb)  # as Python does at its end
+    text = capsys.readouterr().err
+    assert LOGINS[1] in text and 'pw' not in text and text.endswith('RuntimeError: a bug\n') and 'look_up' in text
+
+
 def test_what_python_says_of_a_mistake_has_its_kind_and_place(monkeypatch, capsys):
     def look_up(args):
         return {}['state_dict']

@@ -12,7 +12,14 @@ from mmengine.registry import TASK_UTILS
 from cdm_plugin.draws import DrawContext, Draws, FlowMatchingDraws, stream
 from cdm_plugin.flow import shift_sigmas
 from cdm_plugin.losses import CALoss, CDMLoss, DMLoss
-from cdm_plugin.sigma_samplers import AnchorSigma, CappedUniformSigma, LogitNormalSigma, SigmaSampler, UniformSigma
+from cdm_plugin.sigma_samplers import (
+    AnchorSigma,
+    CappedUniformSigma,
+    LogitNormalSigma,
+    SigmaSampler,
+    StepSigma,
+    UniformSigma,
+)
 from cdm_plugin.time_grids import DynamicTimeGrid, FixedTimeGrid
 
 LOSSES = dict(ca=CALoss(), dm=DMLoss(), cdm=CDMLoss())
@@ -262,7 +269,12 @@ def test_laws_of_noise_and_of_the_fake_steps_level():
 
 
 def draw(sampler, anchor_sigma, seed=0, grid=DynamicTimeGrid()):
-    return sampler(stream(seed), anchor_sigma, lambda generator: shift3(grid.sample(generator)))
+    return sampler(context(anchor_sigma, seed, grid))
+
+
+def context(anchor_sigma, seed=0, grid=DynamicTimeGrid(), **kwargs):
+    return DrawContext(stream(seed), anchor_sigma, lambda generator: shift3(grid.sample(generator)),
+                       (len(anchor_sigma), 1), **kwargs)
 
 
 @pytest.mark.parametrize('type', ['UniformSigma', 'CappedUniformSigma', 'LogitNormalSigma', 'AnchorSigma'])
@@ -293,7 +305,7 @@ def test_capped_uniform_is_uniform_below_each_samples_own_anchor():
     anchor_sigma = 0.25 + 0.75 * torch.rand(20000, generator=stream(1), dtype=torch.float64)
     sampler = CappedUniformSigma()
     assert (draw(sampler, anchor_sigma) <= anchor_sigma).all()
-    ratio = sampler.law(stream(0), anchor_sigma, None) / anchor_sigma
+    ratio = sampler.law(context(anchor_sigma)) / anchor_sigma
     assert ks_distance(ratio, uniform(0, 1)) < ks_limit(20000)
 
 
@@ -329,6 +341,102 @@ def test_logit_normal_law():
     assert ks_distance(torch.logit(drawn), normal.cdf) < ks_limit(20000)
     with pytest.raises(ValueError, match='std must be a number above 0, but is 0'):
         LogitNormalSigma(std=0)
+
+
+# Levels before the scheduler's shift
+
+
+GRID = shift3(torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64))
+
+
+def unshifted(sigma):
+    return sigma / (3 - 2 * sigma)
+
+
+def test_a_shifted_cap_is_the_anchors_level_before_the_shift():
+    """Z-Image's issue 78: of 4 steps with a shift of 3 the last anchor is 0.5, which was 0.25; levels are drawn below
+    0.25 and then shifted."""
+    anchors = GRID[torch.randint(4, (20000,), generator=stream(2))]
+    sampler = CappedUniformSigma(low=0.0, high=1.0, shift='scheduler')
+    drawn = sampler(context(anchors, scheduler_shift=3.0))
+    last = drawn[anchors == GRID[3]]
+    assert GRID[3] == 0.5 and last.max() <= 0.5
+    assert ks_distance(unshifted(last), uniform(0, 0.25)) < ks_limit(len(last)) < ks_distance(last, uniform(0, 0.5))
+    assert ks_distance(unshifted(drawn) / unshifted(anchors), uniform(0, 1)) < ks_limit(20000)
+
+
+@pytest.mark.parametrize('type', [UniformSigma, LogitNormalSigma])
+def test_what_a_shifted_law_draws_is_the_shift_of_what_it_drew_and_then_clamped(type):
+    plain, shifted = (type(shift=shift)(context(torch.ones(500), scheduler_shift=3.0)) for shift in (
+        'none', 'scheduler'))
+    within = (plain > 0.02) & (plain < 0.98)
+    assert torch.allclose(shifted[within], shift3(plain[within]).clamp(0.02, 0.98), rtol=0, atol=1e-15)
+    assert shifted.max() == 0.98 and shifted.min() >= 0.02
+
+
+def test_the_methods_shift_is_that_of_samplers_without_one():
+    by_method = dict(scheduler_shift=3.0, sigma_shift='scheduler')
+    own, none, default = (UniformSigma(shift=shift)(context(torch.ones(50), **by_method)) for shift in (
+        'scheduler', 'none', None))
+    assert torch.equal(default, own) and not torch.equal(default, none)
+    assert torch.equal(UniformSigma()(context(torch.ones(50), scheduler_shift=3.0)), none)
+    # A grid has had its shift.
+    assert torch.equal(AnchorSigma()(context(torch.ones(50), **by_method)), draw(AnchorSigma(), torch.ones(50)))
+
+
+def test_shifted_laws_reach_losses_and_fake_steps_and_leave_noise_and_grid_alone():
+    plain, shifted = sample(), sample(scheduler_shift=3.0, sigma_shift='scheduler')
+    assert NAMES - equal_names(plain, shifted) == {'fake_sigma', 'ca.sigma', 'dm.sigma', 'cdm.sigma', 'cdm.point_sigma'}
+
+
+def test_a_sampler_with_other_arguments_is_refused_where_it_is_written():
+    with pytest.raises(TypeError, match=r'Old.law\(self, generator, anchor_sigma, draw_grid\) must take '):
+        class Old(SigmaSampler):
+            def law(self, generator, anchor_sigma, draw_grid):
+                pass
+
+
+# Within a sampling step
+
+
+@pytest.mark.parametrize('shift', ['none', 'scheduler'])
+def test_step_sigma_is_uniform_between_the_ends_of_the_anchors_own_step(shift):
+    index = torch.randint(4, (20000,), generator=stream(3))
+    ends = torch.cat([GRID, torch.zeros(1)])[index + 1]
+    levels = context(GRID[index], sigmas=GRID, scheduler_shift=3.0)
+    assert torch.equal(levels.end_sigma, ends)
+    drawn = StepSigma(low=0.0, high=1.0, shift=shift)(levels)
+    assert (drawn >= ends).all() and (drawn <= GRID[index]).all()
+    low, high, drawn = (f(v) for f in [unshifted if shift == 'scheduler' else torch.clone]
+                        for v in (ends, GRID[index], drawn))
+    assert ks_distance((drawn - low) / (high - low), uniform(0, 1)) < ks_limit(20000)
+
+
+def test_no_level_leaves_its_step_for_the_clamp():
+    """Steps that lie outside of [0.02, 0.98] as a whole: the dynamic grid's first and a last one near clean."""
+    grid = torch.tensor([1.0, 0.99, 0.5, 0.015, 0.01], dtype=torch.float64)
+    index = torch.arange(5).repeat(200)
+    ends = torch.cat([grid[1:], torch.zeros(1)])[index]
+    drawn = StepSigma()(context(grid[index], sigmas=grid))
+    assert (drawn >= ends).all() and (drawn <= grid[index]).all() and drawn.min() > 0
+    assert set(drawn[index == 0].tolist()) == {0.99} and set(drawn[index == 4].tolist()) == {0.01}
+    assert drawn[index == 1].max() == 0.98  # the clamp holds where it can
+    assert drawn[index == 2].min() >= 0.02
+    moved = sample(fake_sigma=StepSigma(), time_grid=FixedTimeGrid([1.0, 0.995, 0.5, 0.004])).to(torch.device('cpu'))
+    assert (moved.fake_sigma >= moved.end_sigma).all()  # rounded to float32 too
+
+
+def test_a_rollout_that_noises_anew_draws_noise_for_what_moves_and_changes_no_other_draw():
+    plain, renoised = sample(), sample(rollout='renoise')
+    assert equal_names(plain, renoised) == NAMES and plain.step_noise == []
+    assert [len(noise) for noise in renoised.step_noise] == list(renoised.moving)
+    assert all(noise.shape[1:] == (2, 2, 2) for noise in renoised.step_noise)
+    values = torch.cat([noise.flatten() for noise in sample(rollout='renoise', shape=(500, 4)).step_noise])
+    assert ks_distance(values, torch.distributions.Normal(0.0, 1.0).cdf) < ks_limit(len(values))
+    moved = renoised.to(torch.device('cpu'), torch.float64)
+    assert {noise.dtype for noise in moved.step_noise} == {torch.float64}
+    among = sample(rollout='renoise', rank=1, world_size=4)
+    assert len(among.step_noise) == among.rollout_steps
 
 
 def test_a_context_gives_losses_the_anchors_and_grids_of_the_iteration():

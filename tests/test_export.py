@@ -70,20 +70,21 @@ class Trained:
 
     def open(self, folder, **kwargs):
         """The folder as diffusers opens it, without this package."""
-        with open(folder / 'model_index.json') as file:
-            kind = getattr(diffusers, json.load(file)['_class_name'])
+        # Whose automatic class of text-to-image pipelines has all of them but LongCat-Image.
+        kind = diffusers.DiffusionPipeline if 'text_processor' in self.loading else diffusers.AutoPipelineForText2Image
         pipeline = kind.from_pretrained(folder, **self.loading, **kwargs)
+        assert type(pipeline).__name__ == self.method.backbone.pipeline_name
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def draw(self, pipeline):
+    def draw(self, pipeline, **calling):
         """What a diffusers pipeline makes, in [-1, 1]."""
         noise, packs_itself = self.noise, type(pipeline).__name__.startswith('Flux2')
         if hasattr(pipeline, '_pack_latents') and not packs_itself:
             noise = pipeline._pack_latents(noise, *noise.shape)
         images = pipeline(prompt=list(PROMPTS), latents=noise.to(pipeline.dtype), height=self.size, width=self.size,
                           num_inference_steps=4, sigmas=self.method.sample_sigmas.tolist(), output_type='pt',
-                          **self.calling).images
+                          **{**self.calling, **calling}).images
         return 2 * images.float() - 1
 
 
@@ -174,6 +175,8 @@ def test_the_exported_pipeline_makes_the_trained_images_without_source_and_packa
     assert not any(str(tmp_path) in file.read_text() for file in files(moved, '.json', '.md'))
     if name == 'sd3_without_t5':
         assert not (moved / 'text_encoder_3').exists() and pipeline.text_encoder_3 is None
+    if name == 'klein':  # the guidance of its default call is ignored
+        assert torch.equal(trained.draw(pipeline, guidance_scale=4.0), trained.draw(pipeline))
     code, scope = run_card(moved, monkeypatch)
     assert 'sigmas=[1.0, 0.8, 0.5, 0.3]' in code and scope['image'].size == (trained.size,) * 2
     assert (moved / 'image.png').is_file()
@@ -281,9 +284,11 @@ def test_the_lora_file_and_the_fused_pipeline_make_the_trained_images(name, trai
     expected = trained.images()
     assert (expected - trained.images(ema=False)).abs().max() > 1e-3
     assert (expected - trained.images(False, 'teacher')).abs().max() > 1e-3
-    out = export(trained.method, tmp_path / 'out', config=trained.config, prompts=PROMPTS[:1])
+    known = name in ('sd3', 'sd3_without_t5', 'flux')  # to sd-scripts
+    out = export(trained.method, tmp_path / 'out', config=trained.config, prompts=PROMPTS[:1], sd_scripts=known)
     assert {p.name for p in out.iterdir()} == {
-        'pytorch_lora_weights.safetensors', 'scheduler', 'cdm_parts.json', 'README.md', 'samples'}
+        'pytorch_lora_weights.safetensors', 'scheduler', 'cdm_parts.json', 'README.md', 'samples',
+        *(['sd_scripts_lora.safetensors'] if known else [])}
     pipeline = trained.open(trained.folder)
     if name == 'longcat':
         pipeline.transformer.load_lora_adapter(str(out), prefix='transformer', use_safetensors=True)
@@ -297,6 +302,14 @@ def test_the_lora_file_and_the_fused_pipeline_make_the_trained_images(name, trai
     assert json.loads((out / 'cdm_parts.json').read_text())['base']['pretrained'] == str(trained.folder)
     code, scope = run_card(out, monkeypatch, trained.folder)
     assert 'lora' in code and scope['image'].size == (trained.size,) * 2
+    # What other tools are told are the levels that diffusers' scheduler has when it is called so.
+    levels = [f'{level:.4g}' for level in scope['pipeline'].scheduler.sigmas.tolist()]
+    assert f'Euler at the noise levels {", ".join(levels[:-1])}. ' in text and f'`{", ".join(levels)}`' in text
+    assert ('`FluxGuidance`' in text) == (name in ('flux', 'flux2'))
+    assert ('`sd_scripts_lora.safetensors`' in text) == known
+    if not known:
+        with pytest.raises(ValueError, match=r'--sd-scripts.*this export is of a \w+Backbone'):
+            check_export(trained.method, tmp_path / 'other', sd_scripts=True)
     # One's own weights, and another dtype.
     half = export(trained.method, tmp_path / 'half', ema=False, dtype='bfloat16')
     assert {w.dtype for w in weights(half).values()} == {torch.bfloat16}
@@ -707,7 +720,7 @@ def test_nothing_of_somebody_elses_is_overwritten(train, sources, tmp_path):
 
 def test_mistakes_are_named(train, tmp_path):
     trained = train('sd3')
-    with pytest.raises(ValueError, match="dtype must be float32, bfloat16"):
+    with pytest.raises(ValueError, match="dtype must be float8, float32, bfloat16"):
         export(trained.method, tmp_path / 'out', dtype='float16')
     with pytest.raises(ValueError, match='fuse=True adds the adapters of model.lora'):
         export(trained.method, tmp_path / 'out', fuse=True)

@@ -1,12 +1,22 @@
 """The mathematics of the straight path against hand calculations and diffusers' FlowMatchEulerDiscreteScheduler."""
+import inspect
 import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
-from cdm_plugin.flow import add_noise, expand_sigma, extrapolate, full_precision, shift_sigmas, stretch_sigmas, to_x0
-from cdm_plugin.sampling import euler_sample
+from cdm_plugin.flow import (
+    add_noise,
+    diffuse,
+    expand_sigma,
+    extrapolate,
+    full_precision,
+    shift_sigmas,
+    stretch_sigmas,
+    to_x0,
+)
+from cdm_plugin.sampling import euler_sample, renoise_sample
 
 SIGMA = torch.tensor([0.0, 0.02, 0.5, 0.98, 1.0], dtype=torch.float64)
 
@@ -122,6 +132,53 @@ def test_euler_sample_equals_the_schedulers_loop(sigmas):
         x = scheduler.step(curved(x, timestep.expand(3) / 1000), timestep, x, return_dict=False)[0]
     ours = euler_sample(curved, noise, shift_sigmas(torch.tensor(sigmas, dtype=torch.float64), 3.0))
     assert ours.dtype == torch.float32 and torch.allclose(ours, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler], ids=lambda k: k.__name__)
+@pytest.mark.parametrize('sigmas', [[1.0], [1.0, 0.5], [1.0, 0.75, 0.5, 0.25], [1.0, 0.9, 0.2, 0.1, 0.03]], ids=len)
+def test_renoise_sample_equals_the_stochastic_schedulers_loop(sigmas, kind, monkeypatch):
+    noise, drawn = latents(3, 4, 2, 2, dtype=torch.float32), []
+    randn = torch.randn
+    monkeypatch.setattr(torch, 'randn', lambda *args, **kwargs: drawn.append(randn(*args, **kwargs)) or drawn[-1])
+    ours = renoise_sample(curved, noise, shift_sigmas(torch.tensor(sigmas, dtype=torch.float64), 3.0))
+    assert len(drawn) == 3 * (len(sigmas) - 1) and all(row.shape == (4, 2, 2) for row in drawn)
+    steps = [torch.stack(drawn[i:i + 3]) for i in range(0, len(drawn), 3)] + [torch.zeros(3, 4, 2, 2)]  # the last is 0
+    monkeypatch.setattr(inspect.getmodule(kind), 'randn_tensor', lambda *args, **kwargs: steps.pop(0))
+    scheduler = kind(shift=3.0, **(dict(stochastic_sampling=True) if kind is FlowMatchEulerDiscreteScheduler else {}))
+    scheduler.set_timesteps(sigmas=sigmas)
+    x = noise
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(curved(x, timestep.expand(3) / 1000), timestep, x, return_dict=False)[0]
+    assert not steps and ours.dtype == torch.float32 and torch.allclose(ours, x, rtol=0, atol=1e-5)
+
+
+def test_the_later_noise_of_a_sample_depends_on_its_first_alone():
+    noise, levels = latents(3, 4, 2, 2, dtype=torch.float32), torch.tensor([1.0, 0.6, 0.3], dtype=torch.float64)
+    whole = renoise_sample(curved, noise, levels)
+    assert torch.equal(renoise_sample(curved, noise[1:2], levels), whole[1:2])
+    twice = renoise_sample(lambda x, sigma: 0 * x, noise[:1].repeat(2, 1, 1, 1), levels)
+    assert torch.equal(twice[0], twice[1])
+    # With v = 0 the last x0 is (1 - .3) ((1 - .6) noise + .6 e_1) + .3 e_2: e_1 and e_2 are normal and independent.
+    many = latents(2000, 1, 1, 1, dtype=torch.float32)
+    end = renoise_sample(lambda x, sigma: 0 * x, many, levels).flatten()
+    variance = (0.7 * 0.4)**2 + (0.7 * 0.6)**2 + 0.3**2
+    assert end.mean().abs() < 3.7 * (variance / 2000)**0.5
+    assert end.var().item() == pytest.approx(variance, rel=3.7 * (2 / 2000)**0.5)
+    assert torch.corrcoef(torch.stack([end, many.flatten()]))[0, 1].item() == pytest.approx(
+        0.7 * 0.4 / variance**0.5, abs=3.7 / 2000**0.5)
+
+
+def test_diffusion_leads_from_level_to_level_of_the_path():
+    """From x_s, whose signal is 1 - s and noise s, to signal 1 - t and variance t^2; of the old noise a s is left."""
+    x0, old, new = (latents(4, 1, 2, 2, seed=i) for i in range(3))
+    s, t = torch.tensor([0.0, 0.5, 0.3, 0.9]).double(), torch.tensor([0.4, 0.5, 0.8, 1.0]).double()
+    out = diffuse(add_noise(x0, old, s), new, s, t)
+    a = (1 - t) / (1 - s)
+    rest = (t**2 - (a * s)**2).clamp(min=0).sqrt()
+    s, t, a, rest = (v[:, None, None, None] for v in (s, t, a, rest))
+    assert torch.allclose(out, (1 - t) * x0 + a * s * old + rest * new, rtol=0, atol=1e-14)
+    assert torch.equal(out[1], add_noise(x0, old, s.flatten())[1])  # nowhere to go: to the bit
+    assert torch.equal(out[3], new[3]) and torch.allclose(out[0], add_noise(x0, new, t.flatten())[0])
 
 
 def test_euler_sample_sees_every_level_once_keeps_the_noise_and_records_no_graph():

@@ -1,4 +1,6 @@
 """The rollout against whole trajectories of every sample, and what it spares."""
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,6 +61,21 @@ def test_equals_whole_trajectories(name, more_steps):
     assert torch.allclose(x, expected, rtol=0, atol=1e-14)
     assert sigma.tolist() == [GRID[n] for n in anchor]
     assert not x.requires_grad and x.dtype == torch.float64
+
+
+@pytest.mark.parametrize('name', ANCHORS)
+def test_steps_that_noise_anew_equal_whole_trajectories(name):
+    anchor = ANCHORS[name]
+    noise = torch.randn(4, len(anchor), 2, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    draws, velocity = make_draws(anchor), Velocity(len(anchor))
+    draws = replace(draws, step_noise=[step[draws.order[:k]] for step, k in zip(noise, draws.moving)])
+    x, sigma = rollout(velocity, draws)
+    states = [draws.noise]
+    for step, (level, next_level) in enumerate(zip(GRID[:-1], GRID[1:])):
+        v = velocity.of(states[-1], torch.full((len(anchor),), level, dtype=torch.float64), velocity.scale.detach())
+        states.append((1 - next_level) * (states[-1] - level * v) + next_level * noise[step])
+    expected = torch.stack(states)[draws.anchor, torch.arange(len(anchor))]
+    assert torch.allclose(x, expected, rtol=0, atol=1e-14) and sigma.tolist() == [GRID[n] for n in anchor]
 
 
 def test_calls_shrink_as_samples_arrive():

@@ -39,10 +39,11 @@ TEACHER = 'emoji/teacher_flow-matching_sd3-emoji_1xb128_20k.py'
 RECIPE = 'emoji/{}_sd3-emoji_1xb64_4step_4k.py'
 AWARE = {'model.anchor_aware_fake': True}
 UNCAPPED = {'model.losses.ca.sigma': dict(type='UniformSigma')}
+UNSHIFTED = {'model.sigma_shift': 'none'}  # all methods with one law of the levels
 # Recipe and changes of it, by row.
 ROWS = {
-    'dmd2': ('dmd2', {}), 'dmd2-aware': ('dmd2', AWARE), 'decoupled-dmd': ('decoupled-dmd', {}),
-    'decoupled-dmd-aware': ('decoupled-dmd', {**AWARE, **UNCAPPED}), 'cdm': ('cdm', {}),
+    'dmd2': ('dmd2', {}), 'dmd2-aware': ('dmd2', AWARE), 'decoupled-dmd': ('decoupled-dmd', UNSHIFTED),
+    'decoupled-dmd-aware': ('decoupled-dmd', {**UNSHIFTED, **AWARE, **UNCAPPED}), 'cdm': ('cdm', {}),
     'cdm-consistent': ('cdm-consistent', {})}
 STEPS, TEACHER_STEPS = (1, 2, 4, 8), (1, 2, 4, 8, 50)
 PARTS = ('held_out', 'train')

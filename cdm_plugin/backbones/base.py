@@ -2,14 +2,13 @@
 import contextlib
 import inspect
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -18,10 +17,11 @@ from cdm_plugin.assets import resolve
 from cdm_plugin.backbones.parts import PARTS_FILE, read_parts
 from cdm_plugin.backbones.precision import keep_norms_exact, unrounded
 from cdm_plugin.backbones.published import VAE_16
+from cdm_plugin.backbones.scheduled_levels import ScheduledLevels
 from cdm_plugin.codecs import Codec
 from cdm_plugin.condition import MASK, Condition
 from cdm_plugin.conditioners import Conditioner
-from cdm_plugin.flow import full_precision, shift_sigmas, stretch_sigmas
+from cdm_plugin.flow import full_precision
 from cdm_plugin.pretrained import HUB_KEYS, check_dtype, check_folder, check_load_keys
 from cdm_plugin.roles import attention as kernels
 from cdm_plugin.roles.weights import dtype_of, unwrap
@@ -45,7 +45,7 @@ def _with_more_variants(compiled: Callable) -> Callable:
     return torch._dynamo.config.patch(recompile_limit=limit)(compiled)
 
 
-class Backbone(nn.Module):
+class Backbone(ScheduledLevels, nn.Module):
     """Adapter over one diffusers architecture. Stateless about roles: it is handed the network to call.
 
     A subclass states its network class, its timestep convention (`call`) and its condition's fields
@@ -71,7 +71,7 @@ class Backbone(nn.Module):
             `token`, `force_download`, `use_safetensors`.
     """
     config_key = 'model.backbone'
-    network_class: type
+    network_class: type[Any]
     # Diffusers' pipeline of this architecture, by name: importing one takes seconds. None: there is none, and what is
     # exported is the network.
     pipeline_name: str | None = None
@@ -96,6 +96,11 @@ class Backbone(nn.Module):
     # Whether some of the network's weights have no influence on what it gives, and so get no gradient: DDP has to look
     # for them.
     has_idle_weights: bool = False
+    # Whether ComfyUI reads the network's whole weights by diffusers' names; it reads LoRA files of all.
+    whole_in_comfyui: bool = False
+    # For LoRA files of sd-scripts: each of its layers, and those of diffusers that are one there, in the order of their
+    # rows; '{}' is the number of the block. Empty: it does not know the architecture.
+    sd_scripts_layers: Mapping[str, Sequence[str]] = {}
     # Of the published model, for `cdm doctor` where that is not on this machine: arguments of its scheduler and its
     # autoencoder. Its text encoders are the conditioner's to say.
     published_scheduler: dict[str, Any] = {}
@@ -205,7 +210,7 @@ class Backbone(nn.Module):
                                  f'belongs to another architecture than {type(self).__name__} or to another config')
         return network
 
-    def pipeline_class(self) -> type:
+    def pipeline_class(self) -> type[Any]:
         """Diffusers' pipeline of this architecture."""
         return getattr(diffusers, self.pipeline_name)
 
@@ -218,6 +223,10 @@ class Backbone(nn.Module):
     def pipeline_guidance(self, scale: float) -> dict[str, Any]:
         """Arguments of the pipeline's call that ask for classifier-free guidance of this scale; 1 is off."""
         return dict(guidance_scale=scale)
+
+    def distilled_settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline itself that turn guidance off in its default call; most have none."""
+        return {}
 
     def save_pretrained(self, network: ModelMixin | None, folder: str | Path, **recipe: Any) -> None:
         """Writes a folder that `pretrained` opens: the network and the scheduler in diffusers' layout (safetensors),
@@ -232,7 +241,7 @@ class Backbone(nn.Module):
         folder = Path(folder)
         if network is not None:
             network.save_pretrained(folder / 'transformer', safe_serialization=True)
-        self.scheduler.save_pretrained(folder / 'scheduler')
+        self.scheduler_for(recipe.get('rollout', 'ode')).save_pretrained(folder / 'scheduler')
         parts = masked({'backbone': type(self).__name__, 'conditioner': self.conditioner.to_config(),
                         'codec': self.codec.to_config(), **recipe})
         (folder / PARTS_FILE).write_text(json.dumps(parts, indent=2) + '\n')
@@ -243,11 +252,13 @@ class Backbone(nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(f'model.backbone.config={config!r} is no file: give the path of a diffusers '
                                         'config.json or the dimensions as a dict')
-            config = json.loads(path.read_text())
+            given = json.loads(path.read_text())
+        else:
+            given = dict(config or {})
         if self.pretrained is None:
-            return self._with_defaults(dict(config))
+            return self._with_defaults(given)
         loaded = self._pretrained_config()
-        for key, value in (config or {}).items():
+        for key, value in given.items():
             found = loaded.get(key)
             if not key.startswith('_') and (list(found) if isinstance(found, (list, tuple)) else found) != (
                     list(value) if isinstance(value, (list, tuple)) else value):
@@ -293,19 +304,6 @@ class Backbone(nn.Module):
     def _hub_kwargs(self) -> dict[str, Any]:
         """Those of load_kwargs that config files take too."""
         return {k: v for k, v in self.load_kwargs.items() if k in HUB_KEYS}
-
-    def _load_scheduler(self, scheduler: dict[str, Any] | None) -> FlowMatchEulerDiscreteScheduler:
-        if scheduler is not None or self.pretrained is None:
-            made = FlowMatchEulerDiscreteScheduler(**(scheduler or {}))
-        else:
-            made = FlowMatchEulerDiscreteScheduler.from_pretrained(
-                self.pretrained, subfolder='scheduler', **self._hub_kwargs)
-        for key in ('invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas',
-                    'stochastic_sampling'):
-            if made.config.get(key):
-                raise ValueError(f'model.backbone.scheduler: {key}={made.config[key]!r} is not supported, its levels '
-                                 'depend on the whole grid; set model.backbone.scheduler=dict(shift=...) instead')
-        return made
 
     def _saved_parts(self) -> dict[str, Any]:
         parts = {} if self.pretrained is None else read_parts(self.pretrained)
@@ -472,32 +470,6 @@ class Backbone(nn.Module):
         tokens = output[-1] if isinstance(output, tuple) else output
         rows, columns = (side // self.patch for side in latent_size)
         return tokens[:, -rows * columns:].transpose(1, 2).unflatten(2, (rows, columns))
-
-    def shift(self, latent_size: tuple[int, int]) -> float:
-        """The scheduler's shift for latents of this height and width: its constant, or exp(mu) with mu linear in the
-        number of image tokens (dynamic shifting)."""
-        config = self.scheduler.config
-        if not config.use_dynamic_shifting:
-            return config.shift
-        span = config.max_image_seq_len - config.base_image_seq_len
-        mu = config.base_shift + (config.max_shift - config.base_shift) * (
-            self.tokens(latent_size) - config.base_image_seq_len) / span
-        return math.exp(mu) if config.time_shift_type == 'exponential' else mu
-
-    def shift_sigmas(self, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:
-        """The scheduler's own shift of single noise levels, (N,) -> (N,)."""
-        return shift_sigmas(sigmas, self.shift(latent_size))
-
-    def shift_grid(self, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:
-        """What the scheduler makes of a list of noise levels, descending from 1, (N,) -> (N,): the shift of each and,
-        with `shift_terminal`, the whole list stretched so that it ends there.
-
-        The grids of training are such lists, so their levels are those of a pipeline that is given the same list. With
-        `shift_terminal` the last of them is always that level, however few they are: of 4 steps with 0.02, the last
-        one has next to nothing to do. Levels that are drawn one by one (flow matching) belong to no list.
-        """
-        shifted, last = self.shift_sigmas(sigmas, latent_size), self.scheduler.config.shift_terminal
-        return stretch_sigmas(shifted, last) if last else shifted
 
     # Between the batch and the network
 

@@ -33,6 +33,19 @@ class FluxBackbone(EmbeddedGuidance):
     time_embedder = 'time_text_embed'
     time_scale = 1000
     patch = 2
+    whole_in_comfyui = True
+    sd_scripts_layers = {
+        'double_blocks.{}.img_attn.qkv': [f'transformer_blocks.{{}}.attn.to_{part}' for part in 'qkv'],
+        'double_blocks.{}.img_attn.proj': ['transformer_blocks.{}.attn.to_out.0'],
+        'double_blocks.{}.img_mlp.0': ['transformer_blocks.{}.ff.net.0.proj'],
+        'double_blocks.{}.img_mlp.2': ['transformer_blocks.{}.ff.net.2'],
+        'double_blocks.{}.txt_attn.qkv': [f'transformer_blocks.{{}}.attn.add_{part}_proj' for part in 'qkv'],
+        'double_blocks.{}.txt_attn.proj': ['transformer_blocks.{}.attn.to_add_out'],
+        'double_blocks.{}.txt_mlp.0': ['transformer_blocks.{}.ff_context.net.0.proj'],
+        'double_blocks.{}.txt_mlp.2': ['transformer_blocks.{}.ff_context.net.2'],
+        'single_blocks.{}.linear1': [*(f'single_transformer_blocks.{{}}.attn.to_{part}' for part in 'qkv'),
+                                     'single_transformer_blocks.{}.proj_mlp'],
+        'single_blocks.{}.linear2': ['single_transformer_blocks.{}.proj_out']}
     published_scheduler = DYNAMIC_SHIFT
     published_guidance = 3.5
 

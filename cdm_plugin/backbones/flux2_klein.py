@@ -20,8 +20,9 @@ def position_ids(text_tokens: int, height: int, width: int, device: torch.device
     """Positions of text (L, 4), the last column counting, and of image tokens (height width, 4), (0, row, column, 0);
     made once a size."""
     with torch.device(device):
-        return tuple(torch.cartesian_prod(*(torch.arange(n) for n in sizes))
-                     for sizes in ((1, 1, 1, text_tokens), (1, height, width, 1)))
+        text, image = (torch.cartesian_prod(*(torch.arange(n) for n in sizes))
+                       for sizes in ((1, 1, 1, text_tokens), (1, height, width, 1)))
+        return text, image
 
 
 @MODELS.register_module()
@@ -50,8 +51,11 @@ class Flux2KleinBackbone(Backbone):
             raise ValueError(f'the network of model.backbone.pretrained={self.pretrained!r} has guidance_embeds='
                              f"{self.config['guidance_embeds']}: set model.backbone.type={fitting!r}")
 
+    def distilled_settings(self) -> dict[str, Any]:
+        return {} if self.embeds_guidance else dict(is_distilled=True)
+
     @property
-    def lora_targets(self) -> tuple[str, ...]:
+    def lora_targets(self) -> tuple[str, ...]:  # type: ignore[override]
         """All of the attention's; a block of the single stream has its own in one layer with the MLP's."""
         single = range(self.config['num_single_layers'])
         return (*Backbone.lora_targets, 'to_qkv_mlp_proj',

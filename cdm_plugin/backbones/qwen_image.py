@@ -31,6 +31,7 @@ class QwenImageBackbone(Backbone):
     time_scale = 1
     patch = 2
     takes_mask = True
+    whole_in_comfyui = True
     has_idle_weights = True  # the last block's text goes nowhere
     published_scheduler = {**DYNAMIC_SHIFT, 'max_shift': 0.9, 'max_image_seq_len': 8192, 'shift_terminal': 0.02}
     published_vae = {}  # the defaults of its class

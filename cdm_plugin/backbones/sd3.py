@@ -23,9 +23,21 @@ class SD3Backbone(Backbone):
     conditioner_type = 'SD3TextConditioner'
     time_embedder = 'time_text_embed'
     published_scheduler = dict(shift=3.0)
+    whole_in_comfyui = True
+    sd_scripts_layers = {
+        'joint_blocks.{}.x_block.attn.qkv': [f'transformer_blocks.{{}}.attn.to_{part}' for part in 'qkv'],
+        'joint_blocks.{}.x_block.attn.proj': ['transformer_blocks.{}.attn.to_out.0'],
+        'joint_blocks.{}.x_block.attn2.qkv': [f'transformer_blocks.{{}}.attn2.to_{part}' for part in 'qkv'],
+        'joint_blocks.{}.x_block.attn2.proj': ['transformer_blocks.{}.attn2.to_out.0'],
+        'joint_blocks.{}.x_block.mlp.fc1': ['transformer_blocks.{}.ff.net.0.proj'],
+        'joint_blocks.{}.x_block.mlp.fc2': ['transformer_blocks.{}.ff.net.2'],
+        'joint_blocks.{}.context_block.attn.qkv': [f'transformer_blocks.{{}}.attn.add_{part}_proj' for part in 'qkv'],
+        'joint_blocks.{}.context_block.attn.proj': ['transformer_blocks.{}.attn.to_add_out'],
+        'joint_blocks.{}.context_block.mlp.fc1': ['transformer_blocks.{}.ff_context.net.0.proj'],
+        'joint_blocks.{}.context_block.mlp.fc2': ['transformer_blocks.{}.ff_context.net.2']}
 
     @property
-    def patch(self) -> int:
+    def patch(self) -> int:  # type: ignore[override]
         """Latents a token covers, per side."""
         return self.config['patch_size']
 

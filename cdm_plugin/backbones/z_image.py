@@ -31,6 +31,7 @@ class ZImageBackbone(Backbone):
     lora_targets = ('to_q', 'to_k', 'to_v', 'to_out.0')
     patch = 2
     takes_mask = True
+    whole_in_comfyui = True
     published_scheduler = dict(shift=6.0)
 
     def __init__(self, *args: Any, cfg_normalization: bool | NotNegative = 0.0, cfg_truncation: float = 1.0,
@@ -65,7 +66,7 @@ class ZImageBackbone(Backbone):
         return dict(encoder_hidden_states=self.config['cap_feat_dim'])
 
     def call(self, network: nn.Module, x: Tensor, sigma: Tensor, fields: dict[str, Tensor]) -> Tensor:
-        texts, mask = fields['encoder_hidden_states'].unbind(), fields.get('encoder_hidden_states' + MASK)
+        texts, mask = list(fields['encoder_hidden_states'].unbind()), fields.get('encoder_hidden_states' + MASK)
         if mask is not None:
             texts = [text[own] for text, own in zip(texts, mask)]
         time = (1000 - 1000 * sigma) / 1000  # 1 - sigma, rounded as in the pipeline

@@ -11,12 +11,19 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from . import plugin_commands  # relative, since this package has two names
 
 # What there is, by task.
 COMMANDS = {
+    'start': {
+        'configs': 'lists the recipes that come with the package, with a line each',
+        'init': 'writes a config of your own to start from, for your model, data and method'},
     'train and check': {
         'train': "trains a config with MMEngine's runner",
         'doctor': 'says what a config resolves to, what it needs and what would fail, before anything is loaded',
@@ -67,11 +74,19 @@ class CommandParser(argparse.ArgumentParser):
                           help='change config keys: model.type=CDM')
 
 
+def own_commands() -> dict[str, str]:
+    """The commands of this package, name -> line."""
+    return {name: line for commands in COMMANDS.values() for name, line in commands.items()}
+
+
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     """The parser of a command line: all commands, and the arguments of the one that is called."""
-    width = max(len(name) for commands in COMMANDS.values() for name in commands)
+    own, called = own_commands(), next((word for word in argv if not word.startswith('-')), None)
+    outside = {} if called in own else plugin_commands.find(set(own))
+    tasks = COMMANDS | ({'of plug-ins': {name: command.help for name, command in outside.items()}} if outside else {})
+    width = max(len(name) for commands in tasks.values() for name in commands)
     table = '\n'.join(f'{task}:\n' + ''.join(f'  {name:<{width}}  {line}\n' for name, line in commands.items())
-                      for task, commands in COMMANDS.items())
+                      for task, commands in tasks.items())
     parser = argparse.ArgumentParser(
         prog='cdm', description='Distil diffusion models into few-step students.', epilog=table,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,14 +95,39 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=CommandParser,
                                        help='one of those below; cdm COMMAND --help says more')
-    called = next((word for word in argv if not word.startswith('-')), None)
-    for name, line in {name: line for commands in COMMANDS.values() for name, line in commands.items()}.items():
+    for name, line in own.items():
         command = subparsers.add_parser(name, description=f'{line[0].upper()}{line[1:]}.')
         if name == called:
-            module = importlib.import_module(f'{__name__}.{name}')
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            _fill(command, importlib.import_module(f'{__name__}.{name}'))
+    for name in outside.keys() - own.keys():
+        command = subparsers.add_parser(name, description=outside[name].help)
+        if name == called:
+            _fill_from_plugin(command, outside[name], shows_traceback('--traceback' in argv))
     return parser
+
+
+def _fill(command: CommandParser, module: Any) -> None:
+    module.add_arguments(command)
+    command.set_defaults(run=module.run)
+
+
+def _fill_from_plugin(command: CommandParser, found: plugin_commands.PluginCommand, traceback: bool) -> None:
+    """Ends the process in one line if the plug-in cannot be asked."""
+    if found.problem:
+        command.error(found.help)
+    try:
+        _fill(command, found.points[0].load())
+    except (Exception, SystemExit) as error:
+        if traceback:
+            raise
+        command.error(f'the command {found.name!r} of the distribution {found.distribution!r} cannot be loaded '
+                      f'({type(error).__name__}: {" ".join(str(error).split())}): update or uninstall '
+                      f'{found.distribution}')
+
+
+def shows_traceback(asked: bool) -> bool:
+    """Whether a mistake is to be shown with where it comes from."""
+    return asked or os.environ.get('CDM_TRACEBACK') == '1'
 
 
 def parse_options(texts: list[str]) -> dict[str, Any]:
@@ -96,6 +136,21 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
     values = argparse.Namespace()
     DictAction(['--cfg-options'], 'options', nargs='+')(None, values, texts)
     return values.options
+
+
+def script() -> None:
+    """The script `cdm`: `main` in a process of its own, whose tracebacks have no secrets."""
+    sys.excepthook = _print_masked
+    sys.exit(main())
+
+
+def _print_masked(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    sys.stderr.write(_masked(''.join(traceback.format_exception(kind, error, place))))
+
+
+def _masked(text: str) -> str:
+    secrets = sys.modules.get('cdm_plugin.secrets')
+    return text if secrets is None else secrets.mask_text(text)  # without it, nothing that has any was read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,25 +167,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    mistakes: tuple[type[Exception], ...] = (ImportError,)  # the installation is not whole
-    full_disk, describe = None, str
     try:
-        from cdm_plugin.errors import USER_ERRORS as mistakes
-        from cdm_plugin.errors import describe
-        from cdm_plugin.files import full_disk
         if getattr(args, 'cfg_options', None):
             args.cfg_options = parse_options(args.cfg_options)
         return args.run(args) or 0
     except BrokenPipeError:
         raise
     except Exception as error:
-        full = full_disk and full_disk(error)
-        if args.traceback or os.environ.get('CDM_TRACEBACK') == '1' or not (full or isinstance(error, mistakes)):
+        errors = runpy.run_path(str(PACKAGE / 'errors.py'))  # a command that needs nothing of the package fails at once
+        files = sys.modules.get('cdm_plugin.files')
+        full = files and files.full_disk(error)
+        if shows_traceback(args.traceback) or not (full or isinstance(error, errors['USER_ERRORS'])):
             raise
-        text = describe(error)
+        text = ' '.join(errors['describe'](error).split())
         if full is not None:  # at any moment, so the error may say little
             text = (f'{full.strerror}{f", for {full.filename}" if full.filename else ""}: free some and call it again; '
                     'what was whole before is so still')
-        print(f'cdm {args.command}: {" ".join(text.split())} (cdm --traceback {args.command} ... shows where)',
+        print(f'cdm {args.command}: {_masked(text)} (cdm --traceback {args.command} ... shows where)',
               file=sys.stderr)
         return 2

@@ -1,5 +1,3 @@
-import sys
+from cdm_plugin.cli import script
 
-from cdm_plugin.cli import main
-
-sys.exit(main())
+script()

@@ -13,9 +13,11 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument('source', help='a config file, a shipped recipe, or an exported LoRA folder (with --fuse)')
     parser.add_argument('--checkpoint', help='for a config: a checkpoint or a work directory')
     parser.add_argument('--no-ema', action='store_true', help="the student's own weights instead of its EMA's")
-    parser.add_argument('--dtype', choices=['float32', 'bfloat16'],
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'float8'],
                         help="of the files; default: the network's own, float32 with --fuse")
     parser.add_argument('--fuse', action='store_true', help='a whole pipeline, the adapters added to its weights')
+    parser.add_argument('--sd-scripts', action='store_true',
+                        help='a LoRA file of SD3 or Flux.1 as sd-scripts names it, too')
     parser.add_argument('--prompts', nargs='+', help='images of these for the model card; or a file of prompts')
     parser.add_column()
     parser.add_argument('--out', required=True, help='folder to write')
@@ -30,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError('--checkpoint is missing: a checkpoint file or a work directory of this config')
     method = load_method(args.source, args.checkpoint, device='cpu', options=args.cfg_options)
     folder = export(method, args.out, ema=not args.no_ema, dtype=args.dtype, fuse=args.fuse, config=method.config,
-                    prompts=args.prompts and read_prompts(args.prompts, args.column))
+                    prompts=args.prompts and read_prompts(args.prompts, args.column), sd_scripts=args.sd_scripts)
     used = 'EMA' if method.student_ema is not None and not args.no_ema else 'own'
     print(f'exported the student ({used} weights) to {folder}')

@@ -44,7 +44,7 @@ def _train(args: argparse.Namespace) -> None:
     from cdm_plugin.config import load_config, naming_parts
     from cdm_plugin.data.sample import SampleError
     from cdm_plugin.engine.launch import is_lost_connection, start_processes, stop_processes
-    from cdm_plugin.engine.refusals import refusals
+    from cdm_plugin.engine.refusals import missing_hook, refusals
     from cdm_plugin.errors import USER_ERRORS, Stopped
     from cdm_plugin.files import full_disk
     from cdm_plugin.locks import take
@@ -52,12 +52,9 @@ def _train(args: argparse.Namespace) -> None:
     if args.amp:
         cfg.optim_wrapper.update({role: dict(wrapper, type='AmpOptimWrapper', dtype='bfloat16')
                                   for role, wrapper in cfg.optim_wrapper.items() if isinstance(wrapper, dict)})
-    for refusal in refusals(cfg):
+    for refusal in (*refusals(cfg, 1 if args.launcher == 'none' else 2), *missing_hook(cfg)):
         raise ValueError(refusal)
     cfg.launcher = args.launcher
-    if args.launcher != 'none' and cfg.get('model_wrapper_cfg') is None and 'strategy' not in cfg:
-        raise ValueError("a run of several processes needs model_wrapper_cfg=dict(type='DistillationDataParallel') in "
-                         f'the config, or a strategy (--launcher {args.launcher})')
     start_processes(args.launcher, cfg.get('env_cfg'))
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     if args.resume is not None:

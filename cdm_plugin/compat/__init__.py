@@ -62,8 +62,8 @@ def apply() -> None:
         if module.find_latest_checkpoint is find_latest_checkpoint:
             module.find_latest_checkpoint = find_good_checkpoint
     _replace(checkpoint_module, '_load_checkpoint', load_without_program)
-    for ours in (is_installed, get_installed_path, package2module):
-        _replace(package_utils, ours.__name__, ours)
+    for of_packages in (is_installed, get_installed_path, package2module):
+        _replace(package_utils, of_packages.__name__, of_packages)
     if FlexibleRunner.from_cfg.__func__ is _stock_flexible_from_cfg:
         FlexibleRunner.from_cfg = classmethod(flexible_runner_from_cfg)
     mend_runners()

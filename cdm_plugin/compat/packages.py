@@ -1,7 +1,10 @@
-"""Finds packages without `pkg_resources`, which setuptools 82 removed."""
+"""Finds packages without `pkg_resources`, which setuptools 82 removed, and those that give the import `mmengine`."""
 import importlib.metadata
 import importlib.util
 import os
+from pathlib import Path
+
+import mmengine
 
 
 def is_installed(package: str) -> bool:
@@ -56,3 +59,12 @@ def package2module(package: str) -> str:
     if not names:
         raise ValueError(f'can not infer the module name of {package}')
     return names[0]
+
+
+def mmengine_distributions() -> list[importlib.metadata.Distribution]:
+    """The installed distributions that say to have written the `mmengine` that is imported: one, stock MMEngine or a
+    fork of it, if all is well."""
+    imported = Path(mmengine.__file__).resolve()
+    return [distribution for distribution in importlib.metadata.distributions()
+            if '\nmmengine/__init__.py,' in '\n' + (distribution.read_text('RECORD') or '')
+            and Path(str(distribution.locate_file('mmengine/__init__.py'))).resolve() == imported]

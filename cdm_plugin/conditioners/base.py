@@ -2,7 +2,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ class TextConditioner(Conditioner):
                              'offload out, or take encoders that are not quantised')
         self.negative_prompt, self.offload = negative_prompt, offload
         # Offloaded encoders do not follow the model to its device: a tuple hides them from nn.Module.
-        self._encoders = (modules,) if offload else modules
+        self._encoders: Any = (modules,) if offload else modules
         self.register_buffer('_here', torch.empty(0), persistent=False)
         self.truncated: Counter = Counter()
         self._config: dict[str, Any] = {}
@@ -146,7 +146,7 @@ class TextConditioner(Conditioner):
         """Tokens of a text in its condition, for these arguments of the constructor; `cdm doctor` asks."""
         return 256
 
-    def encode_texts(self, prompts: list[str]) -> dict[str, Tensor | list[Tensor]]:
+    def encode_texts(self, prompts: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
         """The fields of the condition of B texts, as `Condition.of_rows` takes them: tensors (B, ...) or, of texts that
         keep their own lengths, lists of B tensors (L_i, ...)."""
         raise NotImplementedError

@@ -1,4 +1,3 @@
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +56,7 @@ class PipelineConditioner(TextConditioner):
         self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), dtype=dtype,
                             negative_prompt=negative_prompt, **origin(load_kwargs))
 
-    def pipeline_class(self) -> type:
+    def pipeline_class(self) -> type[Any]:
         """The pipeline whose encoders these are."""
         return getattr(diffusers, self.pipeline_name)
 
@@ -89,8 +88,8 @@ def _count(part: str, name: str, folder: Path) -> Encoder:
     """A class of transformers and its parameters for the config in a folder, counted without memory."""
     import transformers
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    cls = getattr(transformers, name, None)
-    if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
+    cls: Any = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f'{folder.parent / "model_index.json"}: {part} must be a model of transformers, but is '
                          f'{name!r}')
     if name.startswith('CLIPText') and hasattr(config, 'text_config'):

@@ -2,7 +2,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,8 +50,8 @@ class ResizeCrop:
         return sample
 
     def _fit(self, image: Tensor) -> Tensor:
-        given = tuple(image.shape[1:])
-        wanted = nearest_size(*given, self.sizes)
+        given = height, width = image.shape[1], image.shape[2]
+        wanted = nearest_size(height, width, self.sizes)
         factor = max(new / old for new, old in zip(wanted, given))
         scaled = [max(new, round(factor * old)) for new, old in zip(wanted, given)]
         if scaled != list(given):
@@ -85,10 +85,11 @@ class BucketBatchSampler(Sampler):
 
     def __init__(self, sampler: Sampler, batch_size: int, sizes: Size | Sequence[Size],
                  image: str = 'image') -> None:
-        self.sampler, self.batch_size = sampler, batch_size
+        self.sampler = cast(Any, sampler)
+        self.batch_size = batch_size
         self.rank, self.world_size = get_dist_info()
         self.sizes = image_sizes(sizes, 'train_dataloader.batch_sampler.sizes')
-        dataset = sampler.dataset
+        dataset = self.sampler.dataset
         if not hasattr(dataset, 'get_data_info'):
             raise ValueError(f'BucketBatchSampler needs a dataset with get_data_info, as those of MMEngine have, but '
                              f'train_dataloader.dataset is a {type(dataset).__name__}')
@@ -159,7 +160,7 @@ def _size_of(info: dict[str, Any], image: str) -> Pair:
             raise SampleError(f'{str(value)!r} is no readable image ({" ".join(str(error).split())})') from error
         return (width, height) if turned else (height, width)
     if isinstance(value, Tensor):
-        return tuple(value.shape[-2:])
+        return value.shape[-2], value.shape[-1]
     if isinstance(value, np.ndarray):
         return value.shape[0], value.shape[1]
     if isinstance(value, Image.Image):

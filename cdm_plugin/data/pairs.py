@@ -75,7 +75,7 @@ class PairDataset(Dataset):
     """
 
     def __init__(self, dataset: dict[str, Any] | Dataset, data_root: str) -> None:
-        self.dataset = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
+        self.dataset: Any = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
         root = Path(resolve(data_root))
         index = read_index(root)
         if index is None:

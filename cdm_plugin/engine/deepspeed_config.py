@@ -22,6 +22,8 @@ ELSEWHERE = dict(
     fp16='strategy.bf16=dict(enabled=True): float16 overflows in these models', amp='strategy.bf16=dict(enabled=True)',
     activation_checkpointing='model.activation_checkpointing')
 
+MISSING = "strategy needs deepspeed: pip install 'cdm_plugin[scale]'"
+
 
 def settle_config(config: None | str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's config, checked, of the strategy's arguments.
@@ -33,9 +35,8 @@ def settle_config(config: None | str | dict[str, Any], settings: dict[str, Any])
     Raises:
         ValueError: For a key that cannot work, in one line.
     """
-    if isinstance(config, str):
-        config = json.loads(Path(config).read_text())
-    settled = {**(config or {}), **{key: copy.deepcopy(value) for key, value in settings.items() if value is not None}}
+    given: dict[str, Any] = json.loads(Path(config).read_text()) if isinstance(config, str) else config or {}
+    settled = {**given, **{key: copy.deepcopy(value) for key, value in settings.items() if value is not None}}
     settled.setdefault('zero_optimization', dict(stage=2))
     check_config(settled)
     return settled
@@ -117,7 +118,7 @@ def import_deepspeed() -> Any:
         import deepspeed
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     except ImportError as error:
-        raise ImportError("strategy needs deepspeed: pip install 'cdm_plugin[scale]'") from error
+        raise ImportError(MISSING) from error
     # Each of its collectives would say so once, by torch's newer names.
     warnings.filterwarnings('ignore', message=r'`torch\.distributed\.\w+` is deprecated', category=FutureWarning)
     if get_device() == 'cpu':

@@ -55,6 +55,8 @@ class DistillationDeepSpeedStrategy(BaseStrategy):
     """
     hands_on_keys = True
 
+    _prepared: bool  # MMEngine's
+
     def __init__(self, *, config: None | str | dict[str, Any] = None,
                  zero_optimization: dict[str, Any] | None = None, bf16: dict[str, Any] | None = None,
                  train_micro_batch_size_per_gpu: int | None = None, **kwargs: Any) -> None:

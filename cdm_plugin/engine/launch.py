@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mmengine.device import get_device
 
 from cdm_plugin.errors import Stopped
+from cdm_plugin.secrets import mask_text
 
 # Seconds that the first process, if it fails, stays for the others to hear of it.
 GRACE = 20
@@ -94,7 +95,7 @@ def watched(launcher: str) -> Iterator[None]:
     store = dist.PrefixStore('cdm', dist.TCPStore(
         os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=rank == 0, wait_for_workers=False,
         multi_tenant=True))
-    done, heard = threading.Event(), []
+    done, heard = threading.Event(), list[str]()
     watch = threading.Thread(target=_watch, args=(store, done, heard), daemon=True)
     watch.start()
     try:
@@ -106,7 +107,7 @@ def watched(launcher: str) -> Iterator[None]:
         if heard and isinstance(error, Exception):  # a consequence
             raise ValueError(f'training stopped: {heard[0]}') from error
         if not heard and not isinstance(error, Stopped):
-            text = ' '.join(str(error).split()) or type(error).__name__
+            text = mask_text(' '.join(str(error).split())) or type(error).__name__
             with contextlib.suppress(RuntimeError):  # the first process is gone
                 store.compare_set('failed', '', f'rank {rank} has failed: {text}')
                 deadline = time.monotonic() + GRACE

@@ -52,9 +52,10 @@ class RoleOptimWrapper(OptimWrapper):
                 del self.optimizer.grad_scale, self.optimizer.found_inf
             self.guard.judged(fine)
         else:
-            if fine := bool(fine):
+            taken = bool(fine)
+            if taken:
                 self.optimizer.step(**kwargs)
-            self.guard.judged(fine)
+            self.guard.judged(taken)
 
     def _clip_grad(self) -> Tensor:
         """Clips the gradients, if wanted; their norm before that."""

@@ -4,9 +4,11 @@ from typing import Any
 
 from mmengine._strategy import SingleDeviceStrategy
 from mmengine.dataset import InfiniteSampler
+from mmengine.hooks import EMAHook
 from mmengine.registry import (
     DATA_SAMPLERS,
     DATASETS,
+    HOOKS,
     LOOPS,
     MODEL_WRAPPERS,
     MODELS,
@@ -28,13 +30,20 @@ COPIES = "model_wrapper_cfg=dict(type='DistillationDataParallel')"
 SHARDS = "strategy=dict(type='DistillationDeepSpeedStrategy', zero_optimization=dict(stage=3))"
 
 
-def refusals(cfg: Mapping[str, Any]) -> Iterator[str]:
+# Both exchange weights around a validation, and change back in the same order.
+TWO_AVERAGES = ("custom_hooks has MMEngine's EMAHook beside the student's average of CDMHook, and each validation "
+                'would leave the student with the weights of one of them: remove EMAHook, or set ema_decay=None of '
+                'CDMHook')
+
+
+def refusals(cfg: Mapping[str, Any], processes: int = 1) -> Iterator[str]:
     """One line for each of a config's settings with which training would fail, hang or differ from what was meant.
 
     The one list of them: `cdm train` and CDMHook end a run with the first, `cdm doctor` names all.
 
     Args:
         cfg (Mapping): A config of MMEngine's runner; nothing is built from it. What it does not say is not judged.
+        processes (int): Of the run. Default 1.
     """
     if not is_type(cfg.get('model'), DiffusionModel, MODELS):
         return
@@ -46,6 +55,9 @@ def refusals(cfg: Mapping[str, Any]) -> Iterator[str]:
     if wrapper is not None and not is_type(wrapper, DistillationDataParallel):
         yield (f"model_wrapper_cfg.type must be 'DistillationDataParallel', which knows the roles, but is "
                f'{wrapper.__name__!r}')
+    elif processes > 1 and wrapper is None and cfg.get('strategy') is None:
+        yield f'a run of several processes needs {COPIES}, or {SHARDS}'
+    yield from _of_hooks(cfg.get('custom_hooks') or ())
     strategy = class_of(cfg.get('strategy'), STRATEGIES)
     if strategy is not None and strategy is not SingleDeviceStrategy and not is_type(
             strategy, DistillationDeepSpeedStrategy):
@@ -77,6 +89,43 @@ def _of_streams(cfg: Mapping[str, Any]) -> Iterator[str]:
         if is_type(loop, EpochBasedTrainLoop, LOOPS) or loop.get('by_epoch') is True:
             yield (f'{key}.dataset.type={stream!r} has no end, and train_cfg counts epochs: take '
                    "train_cfg=dict(type='IterBasedTrainLoop', max_iters=...)")
+
+
+def missing_hook(cfg: Mapping[str, Any]) -> Iterator[str]:
+    """The same of a config without CDMHook, for commands: a program may register hooks of its own."""
+    from cdm_plugin.hooks import CDMHook, IterationHook
+    if is_type(cfg.get('model'), DiffusionModel, MODELS) and not any(
+            _is_hook(hook, (CDMHook, IterationHook)) for hook in cfg.get('custom_hooks') or ()):
+        yield "custom_hooks needs dict(type='CDMHook')"
+
+
+def lost_gradients(method: DiffusionModel, wrappers: Mapping[str, Any], interval: int) -> Iterator[str]:
+    """A line if a checkpoint every `interval` iterations loses gradients that wait for their update, which none has.
+
+    Args:
+        method (DiffusionModel): With its phases.
+        wrappers (Mapping): Optimizer wrappers by role.
+        interval (int): Iterations from checkpoint to checkpoint.
+    """
+    counts = {role: getattr(wrapper, '_accumulative_counts', 1) for role, wrapper in wrappers.items()}
+    cycle = max((counts[phase.role] * phase.every for phase in method.phases if counts.get(phase.role, 1) > 1),
+                default=1)
+    if interval > 0 and interval % cycle:
+        yield (f'default_hooks.checkpoint.interval={interval} is no multiple of {cycle} (iterations a turn x '
+               'accumulative_counts): a run resumed from such a checkpoint loses the gradients accumulated until then '
+               'and differs from an uninterrupted one')
+
+
+def _of_hooks(hooks: Any) -> Iterator[str]:
+    from cdm_plugin.hooks import CDMHook, StudentEMAHook  # hooks refuse by this list
+    averaged = any(_is_hook(hook, StudentEMAHook) or _is_hook(hook, CDMHook) and isinstance(hook, Mapping)
+                   and hook.get('ema_decay', True) is not None for hook in hooks)
+    if averaged and any(_is_hook(hook, EMAHook) for hook in hooks):
+        yield TWO_AVERAGES
+
+
+def _is_hook(hook: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(hook, kinds) or is_type(hook, kinds, HOOKS)
 
 
 def _of_optimizers(optim_wrapper: Any, method: type[DiffusionModel]) -> Iterator[str]:

@@ -45,8 +45,12 @@ class Sharded(Protocol):
         pieces (dict): This rank's part of every weight of which it has one, by name.
         shapes (dict): Shape of every weight, by name.
     """
-    pieces: Mapping[str, Span]
-    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def pieces(self) -> Mapping[str, Span]: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
 
 def is_sharded(path: Any) -> bool:

@@ -47,7 +47,7 @@ class Shards:
         self.pieces: dict[str, Piece] = {name: piece for name, piece in found if piece is not None}
 
     @staticmethod
-    def _grouped(parameter: Tensor) -> Piece | None:
+    def _grouped(parameter: Any) -> Piece | None:
         """Stages 1 and 2: every rank owns a part of a group's weights laid end to end."""
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -55,7 +55,7 @@ class Shards:
         inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
         return Piece(inside.start, inside.numel, mapping.param_group_index, flat.start)
 
-    def _partitioned(self, parameter: Tensor) -> Piece | None:
+    def _partitioned(self, parameter: Any) -> Piece | None:
         """Stage 3: every rank owns a part of each weight, padded at the end of the last one."""
         group, offset, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         start = size * self.optimizer._get_param_partition_rank(parameter)

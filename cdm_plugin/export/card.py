@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from yaml import YAMLError
 
 from cdm_plugin.backbones import Backbone
-from cdm_plugin.export.job import CARD_FILE, ExportJob, is_whole_pipeline, name_of
+from cdm_plugin.compat.packages import mmengine_distributions
+from cdm_plugin.export.job import CARD_FILE, FLOAT8, ExportJob, is_whole_pipeline, name_of
 from cdm_plugin.export.recipe import describe_recipe, how_to_sample, is_distilled
+from cdm_plugin.export.sd_scripts import SD_SCRIPTS_FILE
 from cdm_plugin.files import inside
 from cdm_plugin.pretrained import absolute_folder
 from cdm_plugin.roles.lora import PREFIX
@@ -51,7 +55,7 @@ def model_card(job: ExportJob, staging: Path, text_config: dict[str, Any], promp
     sections = [
         f'# {shown}, {f"{steps} steps" if distilled else "fine-tuned"}',
         f'{what} {kind} {shown}, {how}, {job.image_size[1]}x{job.image_size[0]} pixels. Written by cdm_plugin.',
-        '## How to use', _usage(job, text_config, prompts)]
+        '## How to use', _usage(job, staging, text_config, prompts)]
     if samples:
         shown_prompts = [_as_text(re.sub(r'[\[\]]', ' ', str(prompt))) for prompt in prompts]
         images = [f'{prompt}\n\n![{prompt}]({name})' for prompt, name in zip(shown_prompts, samples)]
@@ -106,7 +110,7 @@ def _licence_fields(licence: dict[str, Any], hub_id: str | None, base_folder: Pa
     return licence
 
 
-def _usage(job: ExportJob, text_config: dict[str, Any], prompts: list[Any] | None) -> str:
+def _usage(job: ExportJob, staging: Path, text_config: dict[str, Any], prompts: list[Any] | None) -> str:
     if not is_whole_pipeline(job.backbone):
         base = '\n\nThe base is where `cdm_parts.json` says.' if job.as_lora else ''
         return f'In this folder, with cdm_plugin installed:\n\n```python\n{_package_code(prompts)}\n```{base}'
@@ -115,8 +119,11 @@ def _usage(job: ExportJob, text_config: dict[str, Any], prompts: list[Any] | Non
         notes += [
             'Pass `sigmas` as above: they are the levels (before the scheduler\'s shift) that the student was trained '
             'for. A scheduler\'s config cannot carry them, and a pipeline\'s own levels for this number of steps may '
-            'differ (those of StableDiffusion3Pipeline do, slightly).',
+            'differ (of StableDiffusion3Pipeline\'s the last lies near 0).',
             'Guidance is built in: the call above has none on top of it, so each step is one network call.']
+        if job.method.rollout == 'renoise':
+            notes.append('Each step noises the estimate of the image anew (`stochastic_sampling` in the scheduler), as '
+                         'the student was trained to: `torch.manual_seed` before the call makes it repeatable.')
     call = _call_arguments(job, text_config)
     if 'guidance_scale' in call and hasattr(job.backbone, 'embedded_guidance'):
         notes.append('`guidance_scale` is the guidance that the network is told'
@@ -129,8 +136,34 @@ def _usage(job: ExportJob, text_config: dict[str, Any], prompts: list[Any] | Non
         base = _base_in_code(job.backbone)[0]
         if base.startswith(PLACEHOLDER):
             notes.append(f'`{base}` stands for the folder of the base model: put yours in its place.')
+    if job.dtype == FLOAT8:
+        notes.append('The linear layers are in float8. Without the line with `enable_layerwise_casting` they make the '
+                     'same images and take twice the memory.')
     code = _diffusers_code(job, text_config, prompts)
-    return f'In this folder, with diffusers:\n\n```python\n{code}\n```\n\n' + '\n\n'.join(notes)
+    others = _other_tools(job, staging) if is_distilled(job) else []
+    return '\n\n'.join([f'In this folder, with diffusers:\n\n```python\n{code}\n```', *notes, *others])
+
+
+def _other_tools(job: ExportJob, staging: Path) -> list[str]:
+    """What other tools have to be told so that they sample as the student was trained to."""
+    backbone, (sigmas, _) = job.backbone, how_to_sample(job)
+    levels = [f'{level:.4g}' for level in backbone.shift_grid(sigmas, job.method.latent_sizes[0]).tolist()]
+    guidance = getattr(backbone, 'embedded_guidance', None)
+    told = '' if guidance is None else f', and {guidance:g} as the guidance that the network is told'
+    lines = [
+        '### In other tools',
+        f'{len(sigmas)} steps of Euler at the noise levels {", ".join(levels)}. The shift for {job.image_size[1]}x'
+        f'{job.image_size[0]} pixels is in them. No guidance on top (cfg 1){told}.']
+    file = LORA_WEIGHT_NAME_SAFE if job.as_lora else f'transformer/{SAFETENSORS_WEIGHTS_NAME}'
+    if job.as_lora or (backbone.whole_in_comfyui and (staging / file).is_file()):
+        what = 'Load LoRA, strength 1, on the base' if job.as_lora else (
+            "Load Diffusion Model, beside the base's text encoders and VAE")
+        node = '' if guidance is None else f', `FluxGuidance` {guidance:g}'
+        lines.append(f'ComfyUI: `{file}` as it is ({what}). Sampler `euler`, `cfg` 1{node}, and the levels by the node '
+                     f'`ManualSigmas`: `{", ".join([*levels, "0"])}`.')
+    if job.sd_scripts:
+        lines.append(f'sd-scripts: `{SD_SCRIPTS_FILE}`, multiplier 1.')
+    return lines
 
 
 def _base_in_code(backbone: Backbone) -> tuple[str, dict[str, Any]]:
@@ -173,6 +206,8 @@ def _diffusers_code(job: ExportJob, text_config: dict[str, Any], prompts: list[A
                      f"pipeline.transformer.load_lora_adapter('.', prefix={PREFIX!r}, use_safetensors=True)")
         lines.append("pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained('.', "
                      "subfolder='scheduler')")
+    if job.dtype == FLOAT8:
+        lines.append(f'pipeline.transformer.enable_layerwise_casting(storage_dtype={FLOAT8}, compute_dtype={dtype})')
     prompt = str((prompts or [DEFAULT_PROMPT])[0])
     call = [f'{key}={value!r}' for key, value in dict(prompt=prompt, **_call_arguments(job, text_config)).items()]
     lines += ["pipeline.to('cuda' if torch.cuda.is_available() else 'cpu')",
@@ -192,7 +227,7 @@ def _call_arguments(job: ExportJob, text_config: dict[str, Any]) -> dict[str, An
     """What a diffusers pipeline has to be told so that it samples as the student was trained to."""
     backbone, (sigmas, guidance) = job.backbone, how_to_sample(job)
     parameters = inspect.signature(backbone.pipeline_class().__call__).parameters
-    wanted = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas))
+    wanted: dict[str, Any] = dict(height=job.image_size[0], width=job.image_size[1], num_inference_steps=len(sigmas))
     if is_distilled(job):
         wanted['sigmas'] = sigmas.tolist()
     wanted.update(backbone.pipeline_guidance(guidance))
@@ -205,8 +240,9 @@ def _call_arguments(job: ExportJob, text_config: dict[str, Any]) -> dict[str, An
 
 
 def _versions() -> dict[str, str]:
-    libraries = ('mmengine', 'torch', 'diffusers', 'transformers', 'peft', 'safetensors')
-    return {'cdm_plugin': __version__, **{name: importlib.metadata.version(name) for name in libraries}}
+    libraries = ('torch', 'diffusers', 'transformers', 'peft', 'safetensors')
+    return {'cdm_plugin': __version__, **{d.metadata['Name']: d.version for d in mmengine_distributions()},
+            **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cdm_plugin.assets import ROOT, SCHEME
 from cdm_plugin.backbones import Backbone
@@ -26,6 +26,7 @@ from cdm_plugin.draws import randomness_kept, stream
 from cdm_plugin.export.card import model_card
 from cdm_plugin.export.job import (
     CARD_FILE,
+    FLOAT8,
     INDEX_FILE,
     ExportJob,
     checked_dtype,
@@ -33,7 +34,8 @@ from cdm_plugin.export.job import (
     missing_t5,
     name_of,
 )
-from cdm_plugin.export.recipe import describe_recipe, how_to_sample
+from cdm_plugin.export.recipe import describe_recipe, how_to_sample, is_distilled
+from cdm_plugin.export.sd_scripts import SD_SCRIPTS_FILE, sd_scripts_lora
 from cdm_plugin.export.staging import staged, was_interrupted
 from cdm_plugin.export.weights import exported_network
 from cdm_plugin.files import inside
@@ -41,7 +43,7 @@ from cdm_plugin.methods import DiffusionModel
 from cdm_plugin.pretrained import absolute_folder
 from cdm_plugin.registry import checked_types, registered
 from cdm_plugin.roles.ema import check_finite
-from cdm_plugin.roles.lora import save_lora
+from cdm_plugin.roles.lora import PREFIX, save_lora
 from cdm_plugin.roles.weights import unwrap
 from cdm_plugin.secrets import is_secret, masked
 from cdm_plugin.sheets import save_pngs
@@ -55,7 +57,7 @@ ORIGIN_KEYS = ('type', 'pretrained', 'subfolder', 'revision', 'variant')
 
 def export(method: DiffusionModel, folder: str | Path, ema: bool = True, dtype: str | None = None,
            fuse: bool = False, config: None | Config | Mapping[str, Any] = None,
-           prompts: list[Any] | None = None, iterations: int | None = None) -> Path:
+           prompts: list[Any] | None = None, iterations: int | None = None, sd_scripts: bool = False) -> Path:
     """Writes the student as a folder, safetensors only. The method stays as it is, random numbers included.
 
     - Distilled from a whole pipeline: a pipeline of diffusers, which needs nothing of this package.
@@ -71,12 +73,15 @@ def export(method: DiffusionModel, folder: str | Path, ema: bool = True, dtype: 
         method (DiffusionModel): The trained method.
         folder (str): Where to; made if need be.
         ema (bool): Whether to write the EMA weights (the student's own if there are none). Default True.
-        dtype (str, optional): Of the weights in the files, 'float32' or 'bfloat16'. Default: the network's own, and
-            float32 with `fuse`, because bfloat16 rounds small adapters away.
+        dtype (str, optional): Of the weights in the files, 'float32', 'bfloat16' or 'float8': the network's linear
+            layers in float8_e4m3fn, as diffusers' layerwise casting keeps them, the rest in bfloat16. Default: the
+            network's own, and float32 with `fuse`, because bfloat16 rounds small adapters away.
         fuse (bool): Whether to add the adapters to the weights of the base. Default False.
         config (Config, optional): The training config, for the model card (without its tokens and folders).
         prompts (list, optional): Texts or class labels; an image of each goes into `samples/` and the card.
         iterations (int, optional): How long the student was trained, for the card. Default: what the method knows.
+        sd_scripts (bool): Whether to write a LoRA file as sd-scripts names it too, `sd_scripts_lora.safetensors`.
+            Default False.
 
     Returns:
         Path: The folder.
@@ -84,13 +89,14 @@ def export(method: DiffusionModel, folder: str | Path, ema: bool = True, dtype: 
     Raises:
         ValueError: If it cannot be written so, see `check_export`, or has weights that are not finite.
     """
-    check_export(method, folder, dtype, fuse)
+    check_export(method, folder, dtype, fuse, sd_scripts)
     check_finite(method, ema, 'the student')
     if iterations is None and method.iteration is not None:
         iterations = method.iteration + 1
     if config is not None:
         config = Config(_publishable(masked(config.to_dict() if isinstance(config, Config) else dict(config))))
-    job = ExportJob(method, ema and method.student_ema is not None, checked_dtype(dtype), fuse, config, iterations)
+    job = ExportJob(method, ema and method.student_ema is not None, checked_dtype(dtype), fuse, config, iterations,
+                    sd_scripts)
     with randomness_kept(), staged(Path(folder), _own_names(job.backbone)) as staging:
         text_config, conditioner = _text_config(job), None
         if job.as_lora:
@@ -106,15 +112,22 @@ def export(method: DiffusionModel, folder: str | Path, ema: bool = True, dtype: 
 
 
 def check_export(method: DiffusionModel, folder: str | Path, dtype: str | None = None,
-                 fuse: bool = False) -> None:
+                 fuse: bool = False, sd_scripts: bool = False) -> None:
     """Finds what `export` would fail on, before anything is trained or written.
 
     Raises:
-        ValueError: If `dtype` is unknown, `fuse` has no adapters, the base of the adapters has random weights, or the
-            folder holds the model that the student was made from or files of somebody else's.
+        ValueError: If `dtype` is unknown, or float8 for a LoRA file, `fuse` has no adapters, `sd_scripts` no LoRA file
+            that it could read, the base of the adapters has random weights, or the folder holds the model that the
+            student was made from or files of somebody else's.
     """
-    checked_dtype(dtype)
+    if checked_dtype(dtype) == FLOAT8 and method.lora is not None and not fuse:
+        raise ValueError("dtype='float8' is for whole weights, but this export is a LoRA file: give fuse=True (--fuse) "
+                         "too, or dtype='bfloat16'")
     backbone, folder = method.backbone, Path(folder)
+    if sd_scripts and (method.lora is None or fuse or not backbone.sd_scripts_layers):
+        what = 'whole weights' if method.lora is None or fuse else f'of a {type(backbone).__name__}'
+        raise ValueError('sd_scripts=True (--sd-scripts) writes LoRA files of SD3 and Flux.1, which sd-scripts knows, '
+                         f'but this export is {what}')
     if fuse and method.lora is None:
         raise ValueError('fuse=True adds the adapters of model.lora to the weights, but this model has none')
     if method.lora is not None and backbone.pretrained is None:
@@ -138,7 +151,8 @@ def check_export(method: DiffusionModel, folder: str | Path, dtype: str | None =
 
 def _own_names(backbone: Backbone) -> list[str]:
     """Everything that an export may write at the top of its folder."""
-    names = [PARTS_FILE, INDEX_FILE, CARD_FILE, SAMPLES, LORA_WEIGHT_NAME_SAFE, 'transformer', 'scheduler', 'vae']
+    names = [PARTS_FILE, INDEX_FILE, CARD_FILE, SAMPLES, LORA_WEIGHT_NAME_SAFE, SD_SCRIPTS_FILE, 'transformer',
+             'scheduler', 'vae']
     if is_whole_pipeline(backbone):
         names += inspect.signature(backbone.pipeline_class().__init__).parameters
     return list(dict.fromkeys(name for name in names if name != 'self'))
@@ -164,7 +178,7 @@ def _quiet_diffusers() -> Iterator[None]:
 
 
 def _recipe(job: ExportJob) -> dict[str, Any]:
-    return dict(image_size=job.image_size, sample_sigmas=how_to_sample(job)[0].tolist(),
+    return dict(image_size=job.image_size, sample_sigmas=how_to_sample(job)[0].tolist(), rollout=job.method.rollout,
                 recipe=describe_recipe(job))
 
 
@@ -177,10 +191,12 @@ def _write_pipeline(job: ExportJob, staging: Path, text_config: dict[str, Any]) 
     index = dict(backbone.pipeline_class().load_config(backbone.pretrained, **backbone._hub_kwargs))
     codec = _in_dtype(backbone, backbone.codec, backbone.codec.to_config(), dtype)
     conditioner = _in_dtype(backbone, backbone.conditioner, text_config, dtype)
-    components = dict(conditioner.pipeline.components, transformer=exported_network(job), scheduler=backbone.scheduler,
-                      vae=codec.vae)
+    components = dict(conditioner.pipeline.components, transformer=exported_network(job),
+                      scheduler=backbone.scheduler_for(job.method.rollout), vae=codec.vae)
     settings = {name: index[name] for name in inspect.signature(backbone.pipeline_class().__init__).parameters
                 if name in index and name not in components}  # plain data, which layers of a text encoder are taken
+    if is_distilled(job):
+        settings.update(backbone.distilled_settings())
     pipeline = backbone.pipeline_class()(**components, **settings)
     with _quiet_diffusers():  # it warns of every part that is None, on purpose
         pipeline.save_pretrained(staging, safe_serialization=True)
@@ -279,7 +295,11 @@ def _write_lora(job: ExportJob, staging: Path, text_config: dict[str, Any]) -> N
             weights = {name: content.get_tensor(name).to(job.dtype) for name in content.keys()}
             metadata = content.metadata()
         save_file(weights, file, metadata)
-    settings = dict(rank=lora.rank, alpha=lora.alpha)
+    if job.sd_scripts:
+        save_file(sd_scripts_lora({name.removeprefix(f'{PREFIX}.'): w for name, w in load_file(file).items()},
+                                  job.method.base, backbone.sd_scripts_layers), staging / SD_SCRIPTS_FILE,
+                  dict(format='pt'))
+    settings: dict[str, Any] = dict(rank=lora.rank, alpha=lora.alpha)
     if lora.target_modules is not None:
         settings['target_modules'] = list(lora.target_modules)
     entries = dict(conditioner=text_config or None, codec=backbone.codec.to_config())

@@ -19,6 +19,8 @@ from cdm_plugin.pretrained import check_dtype
 from cdm_plugin.roles.weights import dtype_of
 
 INDEX_FILE, CARD_FILE = 'model_index.json', 'README.md'
+# Of the linear layers, where it is asked for; what has no room in it is in the dtype that they are computed with.
+FLOAT8, BESIDE_FLOAT8 = torch.float8_e4m3fn, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ExportJob:
     fuse: bool
     config: Config | None
     iterations: int | None
+    sd_scripts: bool = False
 
     @property
     def backbone(self) -> Backbone:
@@ -47,18 +50,19 @@ class ExportJob:
 
     @property
     def target_dtype(self) -> torch.dtype:
-        """Dtype of the pipeline that is written or, for a LoRA file, that it is used with."""
+        """Dtype of the pipeline that is written (of float8, what it computes with) or, for a LoRA file, that it is used
+        with."""
         own = self.backbone.dtype if self.method.lora is not None else dtype_of(self.method.student)
         if self.as_lora or self.dtype is None:
             # Rounded to a bfloat16 base's dtype, the sum of base and adapter would lose much of a small adapter.
             return torch.float32 if self.fuse and own == torch.bfloat16 else own
-        return self.dtype
+        return BESIDE_FLOAT8 if self.dtype == FLOAT8 else self.dtype
 
     def file_dtype(self, own: torch.dtype) -> torch.dtype:
-        """Dtype in the files of a weight that has this one in the network."""
+        """Dtype in the files of a weight that has this one in the network, and none of those in float8."""
         if not own.is_floating_point:
             return own
-        return self.target_dtype if self.fuse else self.dtype or own
+        return own if self.dtype is None and not self.fuse else self.target_dtype
 
     @functools.cached_property
     def trained_as(self) -> DiffusionModel:
@@ -92,7 +96,9 @@ def missing_t5(index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else check_dtype(name, 'the export\'s dtype')
+    if name == 'float8':
+        return FLOAT8
+    return None if name is None else check_dtype(name, 'the export\'s dtype', 'float8')
 
 
 def name_of(dtype: torch.dtype) -> str:

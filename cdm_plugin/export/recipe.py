@@ -5,13 +5,13 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from cdm_plugin.backbones.parts import read_parts
-from cdm_plugin.export.job import ExportJob, is_whole_pipeline, name_of
+from cdm_plugin.export.job import FLOAT8, ExportJob, is_whole_pipeline, name_of
 from cdm_plugin.methods import DiffusionModel, FlowMatching
 from cdm_plugin.registry import is_type, registered
 from cdm_plugin.sampling import step_sigmas
 
 # What the method that opened an exported folder knows itself; the rest is known from that folder alone.
-KNOWN_AGAIN = ('steps of inference', 'LoRA', 'dtype of the files')
+KNOWN_AGAIN = ('steps of inference', 'from step to step', 'LoRA', 'dtype of the files')
 
 
 def describe_recipe(job: ExportJob) -> dict[str, Any]:
@@ -50,6 +50,8 @@ def _of_method(job: ExportJob) -> dict[str, Any]:
         'method': type(trained).__name__, 'weights': 'moving average (EMA)' if job.ema else "the student's own",
         'iterations': job.iterations, 'student steps': method.student_ema.steps if method.student_ema else None,
         'steps of inference': f'{len(method.sample_sigmas)}, sigmas {method.sample_sigmas.tolist()}'}
+    if method.rollout != 'ode':
+        recipe['from step to step'] = 'x0 noised anew'
     if hasattr(trained, 'alpha'):
         recipe['alpha'] = f'{trained.alpha:g} (guidance scale {1 + trained.alpha:g})'
         recipe['losses'] = ', '.join(f'{name} ({type(loss).__name__}, weight {getattr(loss, "weight", 1):g})'
@@ -58,7 +60,8 @@ def _of_method(job: ExportJob) -> dict[str, Any]:
     if method.lora is not None:
         recipe['LoRA'] = f'rank {method.lora.rank}, alpha {method.lora.alpha:g}' + (', fused' if job.fuse else '')
     if not job.as_lora:
-        recipe['dtype of the files'] = name_of(job.target_dtype)
+        linear = f'{name_of(FLOAT8)} (linear layers), ' if job.dtype == FLOAT8 else ''
+        recipe['dtype of the files'] = linear + name_of(job.target_dtype)
     return {key: value for key, value in recipe.items() if value is not None}
 
 

@@ -11,12 +11,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from cdm_plugin.export.job import ExportJob
+from cdm_plugin.export.job import BESIDE_FLOAT8, FLOAT8, ExportJob
 from cdm_plugin.roles.weights import unwrap
 
 # Names of dtypes in a safetensors file, in their order there: wide ones come first, so that each tensor is aligned.
 DTYPES = {torch.int64: 'I64', torch.float64: 'F64', torch.float32: 'F32', torch.int32: 'I32', torch.bfloat16: 'BF16',
-          torch.float16: 'F16', torch.uint8: 'U8', torch.bool: 'BOOL'}
+          torch.float16: 'F16', torch.float8_e4m3fn: 'F8_E4M3', torch.uint8: 'U8', torch.bool: 'BOOL'}
 # Of one file, as in diffusers.
 MAX_FILE = '10GB'
 
@@ -34,11 +34,29 @@ def exported_network(job: ExportJob) -> ModelMixin:
             value = lambda name: average.get(name, own[name])  # noqa: E731
         else:
             own, value = network.state_dict(), _fused_weights(job)
-        shapes = {name: torch.empty(w.shape, dtype=job.file_dtype(w.dtype), device='meta') for name, w in own.items()}
-        write_weights(Path(folder), shapes, value)
+        narrow = float8_names(job.backbone.empty_network()) if job.dtype == FLOAT8 else ()
+        shapes = {name: torch.empty(w.shape, dtype=FLOAT8 if name in narrow else job.file_dtype(w.dtype), device='meta')
+                  for name, w in own.items()}
+        write_weights(Path(folder), shapes,
+                      lambda name: _in_float8(name, value(name)) if name in narrow else value(name))
 
     network.save_pretrained = save_pretrained
     return network
+
+
+def float8_names(network: ModelMixin) -> set[str]:
+    """Names of the weights that diffusers' layerwise casting keeps in float8: those of linear layers and convolutions
+    that the network's class does not leave out. The network is changed."""
+    network.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=BESIDE_FLOAT8)
+    return {name for name, weight in network.state_dict().items() if weight.dtype == FLOAT8}
+
+
+def _in_float8(name: str, weight: Tensor) -> Tensor:
+    largest = weight.detach().abs().max()
+    if largest > torch.finfo(FLOAT8).max:
+        raise ValueError(f'{name} has values up to {largest:g}, which float8 has no room for: export with '
+                         "dtype='bfloat16'")
+    return weight.to(FLOAT8)
 
 
 def _fused_weights(job: ExportJob) -> Callable[[str], Tensor]:
@@ -105,4 +123,4 @@ def write_safetensors(path: Path, shapes: Mapping[str, Tensor], value: Callable[
         file.write(len(text).to_bytes(8, 'little') + text)
         for name in names:
             tensor = value(name).detach().to('cpu', shapes[name].dtype)
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,19 +1,22 @@
 """The score losses of the paper. They are one class: each states a direction of x0, and the reference of its normaliser
 (arXiv 2605.06376, section 3; Decoupled DMD, 2511.22677, eq. 6; DMD2, 2405.14867, eq. 2)."""
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from mmengine.registry import MODELS
 from torch import Tensor
 
 from cdm_plugin.arguments import NotNegative, Positive
 from cdm_plugin.draws import DrawContext
-from cdm_plugin.flow import add_noise, expand_sigma, extrapolate
+from cdm_plugin.flow import add_noise, diffuse, expand_sigma, extrapolate
 from cdm_plugin.losses.base import LossInputs, Sampler, ScoreLoss, ScoreQuery, build_sampler
-from cdm_plugin.losses.functional import clamp_share, direction_loss, reference_norm
+from cdm_plugin.losses.functional import clamp_share, direction_loss, huber_direction_loss, reference_norm
+from cdm_plugin.rollout import Prediction
+from cdm_plugin.sigma_samplers import StepSigma
 
 Points = Literal['extrapolated', 'noised', 'on-trajectory']
 Guidance = Literal['plain', 'backbone']
+Space = Literal['x0', 'velocity']
 
 
 class DirectionLoss(ScoreLoss):
@@ -29,12 +32,18 @@ class DirectionLoss(ScoreLoss):
         guidance (str): What guidance adds to D_teacher(z, c): 'plain', the published alpha (D_teacher(z, c) -
             D_teacher(z, null)), or 'backbone', the difference that the guidance of the teacher's own pipeline makes at
             scale 1 + alpha (LongCat-Image renormalises it). Default 'plain'.
+        space (str): Where the squared distance is measured. Since x0 = x_n - sigma_n v, the student's velocity is off
+            its target by 1 / sigma_n of what its x0 is: in 'x0' the gradient with respect to v carries a factor
+            sigma_n, and low anchors learn slowly; in 'velocity' the loss of each sample is divided by sigma_n^2 (of the
+            point where the loss trains), and all anchors learn alike. A level of 0.02 then weighs 2,500 times as much
+            as one of 1. Default 'x0', as published.
     """
 
     def __init__(self, alpha: float = 7.0, sigma: Sampler = dict(type='UniformSigma'), min_norm: Positive = 0.1,
-                 weight: NotNegative = 1.0, guidance: Guidance = 'plain') -> None:
+                 weight: NotNegative = 1.0, guidance: Guidance = 'plain', space: Space = 'x0') -> None:
         super().__init__(weight)
         self.alpha, self.sigma, self.min_norm, self.guidance = alpha, build_sampler(sigma), min_norm, guidance
+        self.space = space
 
     @property
     def asks(self) -> tuple[str, ...]:
@@ -57,18 +66,27 @@ class DirectionLoss(ScoreLoss):
     def draw(self, context: DrawContext) -> dict[str, Tensor]:
         return dict(sigma=context.sigma(self.sigma), noise=context.noise())
 
+    def noised(self, inputs: LossInputs) -> Tensor:
+        """z, at the level that was drawn, (B, ...)."""
+        return add_noise(inputs.prediction.x0, inputs.draws['noise'], inputs.draws['sigma'])
+
     def queries(self, inputs: LossInputs) -> dict[str, ScoreQuery]:
-        sigma = inputs.draws['sigma']
-        z = add_noise(inputs.prediction.x0, inputs.draws['noise'], sigma)
+        sigma, z = inputs.draws['sigma'], self.noised(inputs)
         questions = dict(teacher=ScoreQuery('teacher', z, sigma), null=ScoreQuery('teacher', z, sigma, null=True),
                          fake=ScoreQuery('fake', z, sigma))
         return {name: questions[name] for name in self.asks}
 
+    def distance(self, x0: Tensor, delta: Tensor, reference: Tensor) -> Tensor:
+        """Of the student's x0 to where the direction leads, (B,)."""
+        return direction_loss(x0, delta, reference, self.min_norm)
+
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         x0, (delta, reference) = inputs.prediction.x0, self.direction(inputs)
-        loss = direction_loss(x0, delta, reference, self.min_norm)
+        loss = self.distance(x0, delta, reference)
+        if self.space == 'velocity':
+            loss = loss / inputs.prediction.sigma.square()
         return loss, dict(clamp=clamp_share(reference_norm(x0, reference), self.min_norm),
-                          left_out=sum((~values.isfinite()).sum() for values in (delta, reference)))
+                          left_out=(~delta.isfinite()).sum() + (~reference.isfinite()).sum())
 
 
 @MODELS.register_module()
@@ -77,15 +95,15 @@ class CALoss(DirectionLoss):
     eq. 8, whose alpha - 1 is alpha here; 2605.06376, section 3).
 
     Args:
-        alpha, min_norm, weight, guidance: See `DirectionLoss`.
+        alpha, min_norm, weight, guidance, space: See `DirectionLoss`.
         sigma (dict): Sigma sampler of the re-noising. Default CappedUniformSigma, the published law; UniformSigma
             gives every anchor the same, consistent guidance (docs/recipes.md).
     """
     asks = ('teacher', 'null')
 
     def __init__(self, alpha: float = 7.0, sigma: Sampler = dict(type='CappedUniformSigma'), min_norm: Positive = 0.1,
-                 weight: NotNegative = 1.0, guidance: Guidance = 'plain') -> None:
-        super().__init__(alpha, sigma, min_norm, weight, guidance)
+                 weight: NotNegative = 1.0, guidance: Guidance = 'plain', space: Space = 'x0') -> None:
+        super().__init__(alpha, sigma, min_norm, weight, guidance, space)
 
     def direction(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
         return self.guided_difference(inputs), inputs.answers['teacher'].x0
@@ -100,12 +118,13 @@ class DMLoss(DirectionLoss):
         guided (bool): Whether the real score carries guidance, as in DMD2 (2511.22677, eq. 3 and 4); the normaliser
             then measures against the guided estimate, the real score. Default False: guidance is the CA loss's
             business.
-        alpha, sigma, min_norm, weight, guidance: See `DirectionLoss`.
+        alpha, sigma, min_norm, weight, guidance, space: See `DirectionLoss`.
     """
 
     def __init__(self, guided: bool = False, alpha: float = 7.0, sigma: Sampler = dict(type='UniformSigma'),
-                 min_norm: Positive = 0.1, weight: NotNegative = 1.0, guidance: Guidance = 'plain') -> None:
-        super().__init__(alpha, sigma, min_norm, weight, guidance)
+                 min_norm: Positive = 0.1, weight: NotNegative = 1.0, guidance: Guidance = 'plain',
+                 space: Space = 'x0') -> None:
+        super().__init__(alpha, sigma, min_norm, weight, guidance, space)
         self.guided = guided
 
     @property
@@ -123,6 +142,52 @@ class DMLoss(DirectionLoss):
 
 
 @MODELS.register_module()
+class TDMLoss(DMLoss):
+    """Distribution matching along the trajectory (TDM, arXiv 2503.06674, eq. 6): z is no x0 noised anew, but the end of
+    the anchor's own sampling step, x_e = x_n + (sigma_e - sigma_n) v_n, diffused up to a level within the step. So the
+    scores compare what the student samples with at that level, and each level belongs to one anchor.
+
+    Args:
+        huber (float, optional): c of the pseudo-Huber distance, in x0; None for the square. Default 1e-3, that of the
+            authors' recipe.
+        sigma (dict): Sigma sampler, a StepSigma. Default StepSigma.
+        guided, alpha, min_norm, weight, guidance, space: See `DMLoss`. `guided` is True by default.
+    """
+
+    def __init__(self, huber: Positive | None = 1e-3, guided: bool = True, alpha: float = 7.0,
+                 sigma: Sampler = dict(type='StepSigma'), min_norm: Positive = 0.1, weight: NotNegative = 1.0,
+                 guidance: Guidance = 'plain', space: Space = 'x0') -> None:
+        super().__init__(guided, alpha, sigma, min_norm, weight, guidance, space)
+        self.huber = huber
+        check_step_sigma(self.sigma, 'model.losses.*.sigma')
+
+    def draw(self, context: DrawContext) -> dict[str, Tensor]:
+        return dict(end_sigma=context.end_sigma, **super().draw(context))
+
+    def noised(self, inputs: LossInputs) -> Tensor:
+        draws = inputs.draws
+        return diffuse_step(inputs.prediction, draws['noise'], draws['end_sigma'], draws['sigma'])
+
+    def distance(self, x0: Tensor, delta: Tensor, reference: Tensor) -> Tensor:
+        if self.huber is None:
+            return super().distance(x0, delta, reference)
+        return huber_direction_loss(x0, delta, reference, self.huber, self.min_norm)
+
+
+def diffuse_step(anchor: Prediction, noise: Tensor, end_sigma: Tensor, sigma: Tensor) -> Tensor:
+    """The end of the sampling step that starts at an anchor, diffused up to `sigma`, (B, ...)."""
+    end = extrapolate(anchor.x, anchor.velocity, anchor.sigma, end_sigma)
+    return diffuse(end, noise, end_sigma, sigma)
+
+
+def check_step_sigma(sampler: Any, key: str) -> None:
+    """Raises ValueError for a law with levels below the end of a step, which nothing can be diffused to from there."""
+    if not isinstance(sampler, StepSigma):
+        raise ValueError(f'{key} is {type(sampler).__name__}, but TDM needs levels between the ends of a sampling '
+                         "step: dict(type='StepSigma')")
+
+
+@MODELS.register_module()
 class CDMLoss(DMLoss):
     """Distribution matching off the trajectory: at points extrapolated from the anchor along the student's velocity,
     x_c = x_n + (sigma_c - sigma_n) v_n, through which no gradient flows (arXiv 2605.06376, section 3).
@@ -136,13 +201,14 @@ class CDMLoss(DMLoss):
         guided (bool): Whether the real score carries guidance, so that on- and off-trajectory predictions aim at the
             same, guided distribution. The normaliser measures against D_teacher(z, c) all the same, as CA's does, so
             that the two weigh alike. Default False, the published recipe.
-        alpha, sigma, min_norm, weight, guidance: See `DirectionLoss`.
+        alpha, sigma, min_norm, weight, guidance, space: See `DirectionLoss`.
     """
 
     def __init__(self, point_sigma: Sampler = dict(type='UniformSigma'), guided: bool = False,
                  alpha: float = 7.0, sigma: Sampler = dict(type='UniformSigma'), min_norm: Positive = 0.1,
-                 weight: NotNegative = 1.0, points: Points = 'extrapolated', guidance: Guidance = 'plain') -> None:
-        super().__init__(guided, alpha, sigma, min_norm, weight, guidance)
+                 weight: NotNegative = 1.0, points: Points = 'extrapolated', guidance: Guidance = 'plain',
+                 space: Space = 'x0') -> None:
+        super().__init__(guided, alpha, sigma, min_norm, weight, guidance, space)
         self.points, self.point_sigma = points, build_sampler(point_sigma)
 
     def draw(self, context: DrawContext) -> dict[str, Tensor]:

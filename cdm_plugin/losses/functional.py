@@ -37,6 +37,24 @@ def direction_loss(x0_student: Tensor, delta: Tensor, x0_reference: Tensor, min_
     return _per_sample_mean((x0 - target).square())
 
 
+def huber_direction_loss(x0_student: Tensor, delta: Tensor, x0_reference: Tensor, c: float,
+                         min_norm: float = 0.1) -> Tensor:
+    """w mean(sqrt((x0 - target)^2 + c^2) - c) with target = sg[x0 + delta], TDM's pseudo-Huber distance (arXiv
+    2503.06674): its gradient with respect to x0, -w delta / sqrt(delta^2 + c^2) / numel, hardly grows with delta.
+
+    Args:
+        x0_student, delta, x0_reference, min_norm: See `direction_loss`.
+        c (float): Where the distance turns from a square into an absolute value, above 0.
+
+    Returns:
+        Tensor: Loss of each sample, (B,).
+    """
+    x0 = full_precision(x0_student)
+    target = x0.detach() + full_precision(delta).detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    distance = ((x0 - target).square() + c**2).sqrt() - c
+    return _per_sample_mean(distance) / reference_norm(x0, x0_reference).clamp(min=min_norm)
+
+
 def clamp_share(norm: Tensor, min_norm: float) -> Tensor:
     """Share of samples whose normaliser is clamped, in [0, 1], scalar: high values mean that w has lost its scale."""
     return (norm < min_norm).to(norm.dtype).mean()

@@ -32,7 +32,7 @@ class RewardLoss(ScoreLoss):
     def __init__(self, judge: dict[str, Any] | object, weight: NotNegative = 1.0, start: Start = 0,
                  crop: Count | None = None) -> None:
         super().__init__(weight, start)
-        self.judge = METRICS.build(dict(judge)) if isinstance(judge, Mapping) else judge
+        self.judge: Any = METRICS.build(dict(judge)) if isinstance(judge, Mapping) else judge
         if not getattr(self.judge, 'differentiable', False):
             fitting = [name for name, cls in METRICS.module_dict.items() if getattr(cls, 'differentiable', False)]
             raise ValueError(f'model.losses.*.judge: {type(self.judge).__name__} gives no gradients, but '

@@ -1,7 +1,7 @@
 """What every method is: an MMEngine model with a backbone, roles, and a way to sample from them."""
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,27 +11,28 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from cdm_plugin import plugins
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
-from cdm_plugin.draws import stream
+from cdm_plugin.draws import Rollout, stream
 from cdm_plugin.methods.overrides import arguments_of
 from cdm_plugin.methods.phases import Iteration, Phase, passed_through, take_turn
+from cdm_plugin.methods.plugin_hooks import observe
+from cdm_plugin.methods.sampling import Sampling
 from cdm_plugin.roles.anchor_aware import anchored
 from cdm_plugin.roles.attention import set_attention
 from cdm_plugin.roles.features import recorded
 from cdm_plugin.roles.lora import LoRA, checkpoint_in_role
 from cdm_plugin.roles.weights import dtype_of, unwrap
-from cdm_plugin.sampling import euler_sample
 from cdm_plugin.sizes import Pair, Size, image_sizes
 from cdm_plugin.time_grids import check_sigmas
 
 # Settings of `model` that say how its weights were trained: they go with a checkpoint.
 TRAINED_KEYS = ('type', 'alpha', 'guidance', 'losses', 'time_grid', 'sample_sigmas', 'fake_sigma', 'fake_loss',
-                'fake_steps', 'student_every', 'fake_merge', 'anchor_aware_fake', 'lora', 'teacher')
+                'fake_steps', 'student_every', 'fake_merge', 'anchor_aware_fake', 'lora', 'teacher', 'rollout',
+                'sigma_shift')
 
 
-class DiffusionModel(BaseModel):
+class DiffusionModel(Sampling, BaseModel):
     """Base class of all methods.
 
     Args:
@@ -46,6 +47,8 @@ class DiffusionModel(BaseModel):
         lora (dict, optional): Settings of `cdm_plugin.roles.lora.LoRA`, `dict(rank=64)`: trained roles are adapters of
             one frozen base. Default: full weights.
         data_preprocessor (dict, optional): Default DistillationDataPreprocessor.
+        rollout (str): How the student goes from level to level, in training and when it samples: 'ode', Euler steps, or
+            'renoise', its x0 noised anew (DMD2's own, diffusers' `stochastic_sampling`). Default 'ode'.
 
     Attributes:
         iteration (int): The runner's iteration, kept by CDMHook; draws are a function of it.
@@ -74,9 +77,10 @@ class DiffusionModel(BaseModel):
 
     def __init__(self, backbone: dict[str, Any] | Backbone, sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  image_size: None | Size | Sequence[Size] = None, activation_checkpointing: bool = False,
-                 lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None) -> None:
+                 lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None,
+                 rollout: Rollout = 'ode') -> None:
         super().__init__(data_preprocessor or dict(type='DistillationDataPreprocessor'))
-        self.sample_sigmas = check_sigmas(sample_sigmas, 'model.sample_sigmas')
+        self.sample_sigmas, self.rollout = check_sigmas(sample_sigmas, 'model.sample_sigmas'), rollout
         self.backbone: Backbone = MODELS.build(dict(backbone)) if isinstance(backbone, dict) else backbone
         self.latent_sizes = self._latent_sizes(image_size)
         self.lora = None if lora is None else LoRA.from_config(lora)
@@ -91,14 +95,15 @@ class DiffusionModel(BaseModel):
         self.iteration: int | None = None
         self.seed: int | None = None
         self.updated: dict[str, bool | Tensor] = {}
-        self.student_ema = None
+        self._failed_observers: set[str] = set()
+        self.student_ema: Any = None
         self.anchor_sigma: Tensor | None = None
         self.validated, self.validation_size = 0, None
         self.config: Any = None
         self.autocast_dtype: torch.dtype | None = None
         self.calls: Counter = Counter()
         self.call_samples: Counter = Counter()
-        self._optim_wrapper = None
+        self._optim_wrapper: Any = None
         self._training_role: str | None = None
         self._null: Condition | None = None
         self.register_state_dict_post_hook(self._drop_frozen)
@@ -114,7 +119,7 @@ class DiffusionModel(BaseModel):
     def build_trained(self, role: str) -> nn.Module:
         """The network of a trained denoiser: an adapter of the base, or weights of its own."""
         if self.base is not None:
-            return self.lora.add(self.base, role, self.backbone.lora_targets)
+            return self.lora.add(self.base, role, list(self.backbone.lora_targets))
         network = self.start_backbone().build_network().requires_grad_(True)
         if self.activation_checkpointing:
             network.enable_gradient_checkpointing()
@@ -163,8 +168,8 @@ class DiffusionModel(BaseModel):
         Raises:
             ValueError: If that kernel cannot run there.
         """
-        networks = [getattr(self, role) for role in self.denoisers if hasattr(self, role)]
-        networks = dict.fromkeys(getattr(unwrap(network), 'base', network) for network in networks)
+        roles = [getattr(self, role) for role in self.denoisers if hasattr(self, role)]
+        networks = dict.fromkeys(getattr(unwrap(network), 'base', network) for network in roles)
         for network in networks:
             kernel, why = set_attention(network, self.backbone.attention, self.device, dtype or dtype_of(network),
                                         training, self.backbone.takes_mask)
@@ -286,7 +291,7 @@ class DiffusionModel(BaseModel):
         backbone = self.backbone_of(role)
         with recorded(self.blocks_of(role, blocks)) as outputs:
             velocity = self.velocity(role, x, sigma, condition, anchor_sigma)
-        return velocity, [backbone.feature_map(output, tuple(x.shape[-2:])) for output in outputs]
+        return velocity, [backbone.feature_map(output, (x.shape[-2], x.shape[-1])) for output in outputs]
 
     def blocks_of(self, role: str, blocks: Sequence[int] | None) -> list[nn.Module]:
         """Some blocks of a role's network; arguments as in `features`.
@@ -398,102 +403,7 @@ class DiffusionModel(BaseModel):
         for (role, _), n in self.calls.items():
             counts[f'calls_{role}'] += n
         logs = dict(logs, **{name: float(n) for name, n in counts.items()})
-        for extra in plugins.manager.hook.cdm_after_iteration(method=self, iteration=self.iteration, logs=logs):
-            logs.update(extra or {})
-        return logs
-
-    # Sampling
-
-    def sample(self, condition: Condition, *args: Any, **kwargs: Any) -> Tensor:
-        """Images from noise: `sample_latents`, decoded.
-
-        Returns:
-            Tensor: Images in [-1, 1], (B, 3 or 1, H, W).
-        """
-        latents = self.sample_latents(condition, *args, **kwargs)
-        with torch.no_grad():
-            return self.backbone.codec.decode(latents)
-
-    @torch.no_grad()
-    def sample_latents(self, condition: Condition, noise: Tensor | None = None, sigmas: Tensor | None = None,
-                       role: str | None = None, guidance_scale: float = 1.0,
-                       anchor_sigma: float | None = None) -> Tensor:
-        """Latents of images from noise.
-
-        Args:
-            condition (Condition): B rows.
-            noise (Tensor, optional): Standard normal, (B, C, h, w); its size is the images'. Default: the same noise
-                in every call, of the first of `image_size`.
-            sigmas (Tensor, optional): Noise levels before the scheduler's shift, (N,). Default: `sample_sigmas`.
-            role (str, optional): Whose network, one of `denoisers`. Default: `main_role`.
-            guidance_scale (float): Classifier-free guidance; 1 is off. Default 1.
-            anchor_sigma (float, optional): Anchor of an anchor-aware fake score. Default: the last level.
-
-        Returns:
-            Tensor: (B, C, h, w).
-        """
-        role = role or self.main_role
-        if noise is None:
-            noise = torch.randn(self.latent_shape(len(condition)), generator=stream(0, 'sample'))
-        noise, condition = noise.to(self.device, self.math_dtype), condition.to(self.device)
-        sigmas = self.shift(self.sample_sigmas if sigmas is None else sigmas, tuple(noise.shape[2:]))
-        anchors = noise.new_full((len(noise),), float(sigmas[-1] if anchor_sigma is None else anchor_sigma))
-        null = self.null_condition(len(noise)) if guidance_scale != 1 else None
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            if null is None:
-                return self.velocity(role, x, sigma, condition, anchors)
-            both = self.velocity(role, torch.cat([x, x]), torch.cat([sigma, sigma]),
-                                 Condition.cat([condition, null]), torch.cat([anchors, anchors]))
-            backbone = self.backbone_of(role)
-            return backbone.guide(*both.chunk(2), backbone.guidance_at(guidance_scale, sigma))
-
-        network = unwrap(getattr(self, role))
-        training = network.training
-        network.eval()
-        try:
-            return euler_sample(velocity, noise, sigmas)
-        finally:
-            network.train(training)
-
-    def noise(self, seed: int, indices: Iterable[int], latent_size: tuple[int, int] | None = None) -> Tensor:
-        """The noise that an evaluation starts from: each row depends on the seed and its index alone.
-
-        Args:
-            seed (int): The seed.
-            indices (Iterable[int]): B numbers of samples.
-            latent_size (tuple, optional): Height and width. Default: the first of `image_size`.
-
-        Returns:
-            Tensor: Standard normal, (B, C, h, w), on the CPU.
-        """
-        shape = self.latent_shape(1, latent_size)
-        return torch.cat([torch.randn(shape, generator=stream(seed, 'sample', i)) for i in indices])
-
-    def forward(self, mode: str = 'predict', **data: Any) -> list[dict[str, Any]]:
-        """Samples a preprocessed batch of prompts with `sample_sigmas`, for validation and test.
-
-        A sample's noise depends on the run's seed and the sample's place in the dataset alone (of MMEngine's
-        DefaultSampler without shuffling): it is the same in every validation, for any batch size and number of ranks,
-        and the one that `cdm sample` and `cdm evaluate` draw with that seed.
-
-        Returns:
-            list[dict]: One a sample: `image` (C, H, W) in [-1, 1], `index` in the dataset and, if known, `prompt`.
-        """
-        if mode not in ('predict', 'tensor'):
-            raise ValueError(f'{type(self).__name__} has no forward mode {mode!r}: training goes through train_step')
-        self._check_hook()
-        condition = self.backbone.condition(data)
-        indices = [get_rank() + get_world_size() * (self.validated + i) for i in range(len(condition))]
-        self.validated += len(condition)
-        if self.validation_size is not None:  # the sampler fills up the ranks' shares with the first samples
-            indices = [i % self.validation_size for i in indices]
-        images = self.sample(condition, self.noise(self.seed, indices))
-        prompts = data.get('prompt')
-        if isinstance(prompts, Tensor):
-            prompts = prompts.tolist()
-        return [dict(image=image, index=index, **({} if prompts is None else dict(prompt=prompt)))
-                for image, index, prompt in zip(images, indices, prompts or indices)]
+        return dict(logs, **observe(self, self.iteration, logs, self._failed_observers))
 
 
 def frozen(network: nn.Module) -> nn.Module:

@@ -12,17 +12,17 @@ import torch
 from mmengine.registry import MODELS, TASK_UTILS
 from torch import Tensor, nn
 
-from cdm_plugin import plugins
 from cdm_plugin.arguments import Count, Share
 from cdm_plugin.backbones import Backbone
 from cdm_plugin.condition import Condition
-from cdm_plugin.draws import DrawContext, Draws
+from cdm_plugin.draws import DrawContext, Draws, Rollout, SigmaShift
 from cdm_plugin.flow import add_noise, to_x0
 from cdm_plugin.losses.base import LossInputs, Sampler, ScoreLoss, ScoreQuery, build_sampler
 from cdm_plugin.losses.direction import Guidance
 from cdm_plugin.methods.base import DiffusionModel, frozen
 from cdm_plugin.methods.overrides import leave_aside, override_losses, override_time_grid
 from cdm_plugin.methods.phases import Iteration, Phase
+from cdm_plugin.methods.plugin_hooks import blaming, plugin_losses
 from cdm_plugin.pretrained import check_dtype
 from cdm_plugin.registry import class_of
 from cdm_plugin.roles.anchor_aware import make_anchor_aware
@@ -44,7 +44,8 @@ class Distillation(DiffusionModel):
         losses (dict, optional): Overrides of the method's losses by name: a dict without `type` changes single
             arguments, one with `type` replaces or adds a loss, None removes it.
         time_grid (dict, optional): Override of the method's time grid, likewise.
-        fake_sigma (dict): Sigma sampler of the fake-score steps. Default UniformSigma.
+        fake_sigma (dict, optional): Sigma sampler of the fake-score steps. Default: the method's, UniformSigma for
+            most.
         fake_loss (dict): Loss of the fake-score steps. Default FlowMatchingLoss.
         fake_steps (int): Fake-score steps an iteration, all on its one rollout, with noise of their own. Default 1.
         student_every (int, optional): Iterations a student step. Default: the method's.
@@ -60,28 +61,33 @@ class Distillation(DiffusionModel):
             `dict(lora='style.safetensors')`.
         guidance (str): What guidance is, for all losses: 'plain' or 'backbone', see `DirectionLoss`. Default 'plain',
             the published formula.
-        image_size, activation_checkpointing, lora, data_preprocessor: See `DiffusionModel`.
+        sigma_shift (str, optional): `shift` of every sigma sampler that states none: 'scheduler' draws levels before
+            the scheduler's shift, 'none' as they are used; see `SigmaSampler`. Default: the method's.
+        rollout, image_size, activation_checkpointing, lora, data_preprocessor: See `DiffusionModel`.
         **siblings: What only other methods take, left aside: changing `model.type` alone swaps methods.
     """
     default_student_every: int
     default_fake_merge: float = 0.0
+    default_fake_sigma: dict[str, Any] = dict(type='UniformSigma')
+    default_sigma_shift: SigmaShift = 'none'
     trains = ('student', 'fake')
     denoisers = (*trains, 'teacher')
     frozen_prefixes = (*DiffusionModel.frozen_prefixes, 'teacher.')
 
     def __init__(self, backbone: dict[str, Any] | Backbone, sample_sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
                  alpha: float = 7.0, losses: dict[str, Any] | None = None, time_grid: dict[str, Any] | None = None,
-                 fake_sigma: Sampler = dict(type='UniformSigma'),
+                 fake_sigma: Sampler | None = None,
                  fake_loss: dict[str, Any] = dict(type='FlowMatchingLoss'), fake_steps: Count = 1,
                  student_every: Count | None = None, fake_merge: Share | None = None,
                  anchor_aware_fake: bool = False, max_batch_per_call: Count | None = None,
                  teacher_dtype: str | None = None, teacher: dict[str, Any] | None = None, guidance: Guidance = 'plain',
                  image_size: None | Size | Sequence[Size] = None, activation_checkpointing: bool = False,
                  lora: dict[str, Any] | None = None, data_preprocessor: dict[str, Any] | None = None,
-                 **siblings: Any) -> None:
+                 rollout: Rollout = 'ode', sigma_shift: SigmaShift | None = None, **siblings: Any) -> None:
         leave_aside(type(self), siblings, DiffusionModel)
         self._teacher = Teacher.from_config(teacher)
-        super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor)
+        super().__init__(backbone, sample_sigmas, image_size, activation_checkpointing, lora, data_preprocessor,
+                         rollout)
         self.alpha, self.guidance = alpha, guidance
         self.fake_steps = fake_steps
         self.student_every = self.default_student_every if student_every is None else student_every
@@ -89,7 +95,8 @@ class Distillation(DiffusionModel):
         self.max_batch_per_call = max_batch_per_call
         self.check_trainable()
         self.time_grid = TASK_UTILS.build(self._time_grid_config(time_grid or {}))
-        self.fake_sigma = build_sampler(fake_sigma)
+        self.fake_sigma = build_sampler(fake_sigma or self.default_fake_sigma)
+        self.sigma_shift = sigma_shift or self.default_sigma_shift
         self.losses = self._build_losses(losses or {})
         self.fake_loss = MODELS.build(dict(fake_loss))
         self.teacher = self._build_teacher(teacher_dtype)
@@ -154,14 +161,12 @@ class Distillation(DiffusionModel):
 
     def _build_losses(self, overrides: dict[str, Any]) -> nn.ModuleDict:
         configs = self.default_losses()
-        for extra in plugins.manager.hook.cdm_student_losses(method=self):
-            for name, cfg in (extra or {}).items():
-                if name in configs:
-                    raise ValueError(f'two plug-ins give a student loss named {name!r}, or {type(self).__name__} has '
-                                     'one itself: rename it in the plug-in, or set CDM_DISABLE_PLUGINS=1')
-                configs[name] = cfg
-        losses = nn.ModuleDict({name: MODELS.build(cfg) for name, cfg in override_losses(
-            type(self).__name__, configs, overrides).items()})
+        outside = plugin_losses(self, configs)
+        configs.update({name: cfg for name, (cfg, _) in outside.items()})
+        losses = nn.ModuleDict()
+        for name, cfg in override_losses(type(self).__name__, configs, overrides).items():
+            with blaming(outside[name][1] if name in outside else None, f'its student loss, model.losses.{name}'):
+                losses[name] = MODELS.build(cfg)
         for name, loss in losses.items():
             if any(p.requires_grad for p in loss.parameters()):
                 raise ValueError(f'model.losses.{name} ({type(loss).__name__}) has weights to train: build them in '
@@ -205,7 +210,8 @@ class Distillation(DiffusionModel):
         networks that losses train."""
         losses, judge = self.active_losses.values(), self.fake_judge
         through = [role for loss in losses for role in (*loss.through, loss.role, 'fake' if loss.on_fake else None)]
-        fake, judges = dict(steps=self.fake_steps, stepped=self._merge), ()
+        fake: dict[str, Any] = dict(steps=self.fake_steps, stepped=self._merge)
+        judges: tuple[Phase, ...] = ()
         if judge is not None:
             fake.update(through=(judge.role,), draw=partial(self._fake_draw, judge))
             judges = (Phase(judge.role, partial(self.role_loss, judge), steps=self.fake_steps),)
@@ -241,7 +247,8 @@ class Distillation(DiffusionModel):
         draws = Draws.sample(
             **self.draw_key(), world_size=self.world_size, shape=self.latent_shape(batch, size),
             time_grid=self.time_grid, fake_sigma=self.fake_sigma, losses={**due, **roles},
-            shift=partial(self.shift, latent_size=size), fake_steps=self.fake_steps)
+            shift=partial(self.shift, latent_size=size), fake_steps=self.fake_steps, rollout=self.rollout,
+            scheduler_shift=self.backbone.shift(size), sigma_shift=self.sigma_shift)
         return draws.to(self.device, self.math_dtype)
 
     def start(self, batch: dict[str, Any]) -> Iteration:
@@ -261,18 +268,29 @@ class Distillation(DiffusionModel):
         velocity = self.velocity('student', x, sigma, condition)
         return Prediction(x, sigma, velocity, to_x0(x, velocity, sigma))
 
+    def fake_point(self, anchor: Prediction, draws: Draws, step: int) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Where the fake score learns the student's x0 at the anchors.
+
+        Returns:
+            tuple: z, the x0 noised to `draws.fake_sigma`, (B, ...); the noise in it, (B, ...); weights, (B,) or 1.
+        """
+        noise = draws.fake_noise[step]
+        return add_noise(anchor.x0, noise, draws.fake_sigma[step]), noise, 1.0
+
     def fake_loss_at(self, iteration: Iteration, step: int) -> Tensor:
         """What the fake score minimises: flow matching on the student's x0 at the anchors, noised anew."""
-        anchor, sigma, noise = (iteration.anchor.detach(), iteration.draws.fake_sigma[step],
-                                iteration.draws.fake_noise[step])
-        z = add_noise(anchor.x0, noise, sigma)
-        if self.fake_judge is not None:
-            return self._judged_fake_loss(self.fake_judge, iteration, step, z)
-        velocity = self.velocity('fake', z, sigma, iteration.condition, anchor.sigma)
-        return self.fake_loss(velocity, anchor.x0, noise).mean()
+        anchor, draws = iteration.anchor.detach(), iteration.draws
+        z, noise, weight = self.fake_point(anchor, draws, step)
+        if self.fake_judge is None:
+            velocity, added = self.velocity('fake', z, draws.fake_sigma[step], iteration.condition, anchor.sigma), None
+        else:
+            velocity, added = self._judged(self.fake_judge, iteration, step, z)
+        loss = (weight * self.fake_loss(velocity, anchor.x0, noise)).mean()
+        return loss if added is None else loss + added
 
-    def _judged_fake_loss(self, judge: ScoreLoss, iteration: Iteration, step: int, z: Tensor) -> Tensor:
-        """The same, and what the role adds that judges the fake score's features; its own turn sees them again."""
+    def _judged(self, judge: ScoreLoss, iteration: Iteration, step: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The fake score's velocity, and what the role adds to its loss that judges its features; the role's own turn
+        sees them again."""
         anchor, draws = iteration.anchor.detach(), iteration.draws
         own = {name: values[step] for name, values in draws.losses['phase:fake'].items()}
         own.update(sigma=draws.fake_sigma[step], noise=draws.fake_noise[step])
@@ -282,10 +300,8 @@ class Distillation(DiffusionModel):
         velocity, seen = self.features('fake', torch.cat(points), own['sigma'].repeat(count), condition,
                                        anchor.sigma.repeat(count), judge.blocks)
         iteration.seen[judge.role, step] = [features.detach() for features in seen]
-        loss = self.fake_loss(velocity[:len(z)], anchor.x0, own['noise']).mean()
-        if judge.fake_weight:
-            loss = loss + judge.fake_weight * judge.role_loss(replace(inputs, seen=seen))
-        return loss
+        added = judge.fake_weight * judge.role_loss(replace(inputs, seen=seen)) if judge.fake_weight else None
+        return velocity[:len(z)], added
 
     def _merge(self, taken: bool | Tensor) -> None:
         for target, source in self.merges:

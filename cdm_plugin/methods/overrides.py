@@ -5,7 +5,7 @@ alone swaps methods.
 """
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, TASK_UTILS, Registry
@@ -15,12 +15,11 @@ from cdm_plugin.errors import did_you_mean
 from cdm_plugin.registry import class_of
 from cdm_plugin.time_grids import DynamicTimeGrid, FixedTimeGrid
 
-T = TypeVar('T', bound=type)
 # The terms that some method of the family has, or some recipe.
 FAMILY_TERMS = ('ca', 'dm', 'cdm', 'gan')
 
 
-def subclasses(cls: T) -> set[T]:
+def subclasses(cls: type[Any]) -> set[type[Any]]:
     """A class and all that inherit from it."""
     return {cls}.union(*(subclasses(child) for child in cls.__subclasses__()))
 

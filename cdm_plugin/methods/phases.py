@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cdm_plugin.condition import Condition
-from cdm_plugin.draws import DrawContext, Draws, FlowMatchingDraws
+from cdm_plugin.draws import DrawContext
 from cdm_plugin.rollout import Prediction
 
 
@@ -22,7 +22,7 @@ class Iteration:
     Attributes:
         batch (dict): The preprocessed batch.
         condition (Condition): B rows.
-        draws (Draws): The iteration's random numbers.
+        draws (Draws or FlowMatchingDraws): The iteration's random numbers.
         anchor (Prediction, optional): The student's prediction at the anchors, with graph on the student's turn.
         logs (dict): Scalars to log.
         terms (dict): By name, whether a term of the loss that a phase has just computed is finite; 0-dim bool tensors.
@@ -30,7 +30,7 @@ class Iteration:
     """
     batch: Mapping[str, Any]
     condition: Condition
-    draws: Draws | FlowMatchingDraws
+    draws: Any
     anchor: Prediction | None = None
     logs: dict[str, Any] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict)

@@ -3,7 +3,8 @@ import contextlib
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ class ImageMetric(BaseMetric):
     key: str
     """Name of the main result, without the prefix."""
     higher_is_better = True
+    results: list[Any]
     differentiable = False
     """Whether `reward` passes gradients to the images."""
 
@@ -218,12 +220,12 @@ class ImageMetric(BaseMetric):
             raise MissingMetric(f'{self.name} has no weights at {pretrained!r}: run `{get}` where there is a network, '
                                 f'or set `{key}` of {self.name} to where they lie') from error
 
-    def _check(self, images: Iterable[Tensor]) -> None:
+    def _check(self, images: Sequence[Tensor] | Tensor) -> None:
         bad = 0
         for image in images:
             if image.ndim != 3 or image.shape[0] not in (1, 3):
                 raise ValueError(f'{self.name} expects images of shape (3 or 1, H, W), got {tuple(image.shape)}')
-            bad += not image.isfinite().all()
+            bad += not bool(image.isfinite().all())
         if bad:
             raise ValueError(f'{bad} of {len(images)} images hold NaN or infinity: the generator has diverged')
 
@@ -280,7 +282,7 @@ def _merged(parts: list[list], size: int, name: str) -> list[tuple]:
         longest = max(map(len, parts))
         dealt = [part[i] for i in range(longest) for part in parts if i < len(part)][:size]
         return [(position, *item[1:]) for position, item in enumerate(dealt)]
-    first = {}
+    first: dict[Any, Any] = {}
     for part in parts:
         for item in part:
             first.setdefault(item[:2], item)

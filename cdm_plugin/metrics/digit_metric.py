@@ -1,6 +1,7 @@
 """How many generated digits are the digit that was asked for, and how far they lie from a reference set."""
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ def _accuracy(features: Tensor, labels: Tensor | Sequence[int], classifier: Digi
     return (logits.argmax(dim=1).cpu() == labels).double().mean().item()
 
 
-def _as_digit(prompt: object) -> int:
+def _as_digit(prompt: Any) -> int:
     try:
         digit = operator.index(prompt)  # unlike int(), takes neither '3' nor 3.7
     except TypeError:

@@ -87,7 +87,7 @@ class DPGBench(ScoreMetric):
     def answer(self, pixels: Tensor, questions: list[str]) -> list[str]:
         """What BLIP answers to each question about one preprocessed image (3, H, W)."""
         tokens = self.tokenizer(questions)['input_ids']
-        answers = {}
+        answers: dict[int, str] = {}
         # Only equally long questions share a batch: BLIP's decoder would look at the padding of the shorter ones.
         for length in sorted(set(map(len, tokens))):
             places = [i for i, row in enumerate(tokens) if len(row) == length]

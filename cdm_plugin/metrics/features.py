@@ -4,7 +4,7 @@ import io
 import sys
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class ReferenceMetric(FeatureMetric):
         self.reference = _picture_features(files, self) if files else _stored_features(path, self)
 
 
-def _torch_fidelity(name: str) -> object:
+def _torch_fidelity(name: str) -> Any:
     """A module of torch-fidelity, without running the package's own imports."""
     if 'torch_fidelity' in sys.modules:
         return importlib.import_module(f'torch_fidelity.{name}')

@@ -2,7 +2,7 @@
 import ast
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from mmengine.registry import METRICS
@@ -55,9 +55,8 @@ class HPSv3Judge(nn.Module):
         if wrong:
             raise ValueError(f'these are not the weights of HPSv3 on this base model: {wrong[0]} and {len(wrong) - 1} '
                              'more names do not fit; set `pretrained` and `base` of HPSv3 to what belongs together')
-        sizes = [*(head[f'{i}.weight'].shape[1] for i in (0, 3, 5)), len(head['5.weight'])]
-        self.head = nn.Sequential(nn.Linear(*sizes[:2]), nn.ReLU(), nn.Dropout(), nn.Linear(*sizes[1:3]), nn.ReLU(),
-                                  nn.Linear(*sizes[2:]))
+        layers = [nn.Linear(head[f'{i}.weight'].shape[1], len(head[f'{i}.weight'])) for i in (0, 3, 5)]
+        self.head = nn.Sequential(layers[0], nn.ReLU(), nn.Dropout(), layers[1], nn.ReLU(), layers[2])
         self.head.load_state_dict({name: value.float() for name, value in head.items()})
 
     def forward(self, tokens: Tensor, mask: Tensor, pixels: Tensor, grid: Tensor, reward_token: int) -> Tensor:
@@ -146,8 +145,8 @@ def published_instruction() -> str:
     if spec is None:
         raise ModuleNotFoundError('No module named hpsv3', name='hpsv3')
     source = Path(spec.origin).parent / 'dataset/data_collator_qwen.py'
-    texts = {}
+    texts: dict[str, Any] = {}
     for node in ast.parse(source.read_text(encoding='utf-8')).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            texts[node.targets[0].id] = node.value.value
+            texts[ast.unparse(node.targets[0])] = node.value.value
     return texts['INSTRUCTION'] + texts['prompt_with_special_token']

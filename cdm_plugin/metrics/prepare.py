@@ -1,11 +1,11 @@
 """Finds out before the first image is made which metrics cannot run."""
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
-from torch.utils.data import DataLoader
 
 from cdm_plugin.metrics.base import ImageMetric, MissingMetric
 
@@ -36,7 +36,7 @@ def prepare_on_all_ranks(metrics: Sequence[BaseMetric]) -> tuple[list[BaseMetric
     return [metric for i, metric in enumerate(metrics) if i not in lacking], missing
 
 
-def check_shares(dataloader: DataLoader, key: str) -> None:
+def check_shares(dataloader: Any, key: str) -> None:
     """Raises ValueError if the ranks get different numbers of samples, with which sharded networks would wait for each
     other forever, and MMEngine would lose results.
 

@@ -1,5 +1,6 @@
 """Weights of judges from a file, a folder, the hub or a URL; only tensors are unpickled."""
 import os
+from typing import Any
 from urllib.parse import unquote
 
 import torch
@@ -55,7 +56,7 @@ def download_command(pretrained: str, name: str = '') -> str:
     return f'hf download {pretrained} {name}'.strip()
 
 
-def image_processor(kind: str) -> type:
+def image_processor(kind: str) -> type[Any]:
     """The image processor of transformers that works with Pillow alone, such as 'CLIPImageProcessor'."""
     # transformers 5 calls it ...Pil, and gives the plain name to the one that needs torchvision
     return getattr(transformers, f'{kind}Pil', None) or getattr(transformers, kind)

@@ -289,7 +289,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
     """Name of the fastest kernel that runs, and the times."""
     if device.type != 'cuda':
         return 'native', f'nothing else to choose from on {device.type}'
-    answer = [None]
+    answer: list[Any] = [None]
     if dist.is_main_process():
         need = (device, dtype, heads, head_dim, training, masked)
         problems = {name: _problem(name, *need) for name in CANDIDATES}

@@ -22,6 +22,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from mmengine.logging import print_log
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME as PEFT_SETTINGS
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -101,7 +103,8 @@ class _Active:
     here: ContextVar['_Active | None'] = ContextVar('here', default=None)
 
     def __init__(self, layers: list[BaseTunerLayer], adapter: str | None) -> None:
-        self.layers, self.adapter, self.before = layers, adapter, []
+        self.layers, self.adapter = layers, adapter
+        self.before: list[Any] = []
 
     def __enter__(self) -> None:
         self.before.append((self.here.get(), [(layer._active_adapter, layer._disable_adapters)
@@ -255,28 +258,36 @@ def read_lora(path: str, key: str) -> dict[str, Tensor]:
     """Reads a LoRA file of a transformer, with keys of diffusers or PEFT.
 
     Args:
-        path (str): The file, or a folder with `pytorch_lora_weights.safetensors`.
+        path (str): The file, or a folder with diffusers' `pytorch_lora_weights.safetensors` or PEFT's
+            `adapter_model.safetensors`, beside which PEFT has its settings.
         key (str): Config key to name in errors.
 
     Returns:
         dict: `<layer>.lora_A.weight`, (rank, in), and `<layer>.lora_B.weight`, (out, rank), whose product is what the
-        file adds to the layer: the scale that it gives (by `<layer>.alpha`, or in its metadata: alpha, patterns of
-        ranks and alphas, rsLoRA) has gone into B.
+        file adds to the layer: the scale that it gives (by `<layer>.alpha`, or in its metadata or PEFT's settings:
+        alpha, patterns of ranks and alphas, rsLoRA) has gone into B.
 
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it cannot be read, has other keys, or is a DoRA.
     """
-    file = Path(path, LORA_WEIGHT_NAME_SAFE) if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f'{key}={path!r} is no LoRA file and no folder with {LORA_WEIGHT_NAME_SAFE}')
+    names = (LORA_WEIGHT_NAME_SAFE, PEFT_FILE)
+    files = [Path(path, name) for name in names] if Path(path).is_dir() else [Path(path)]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f'{key}={path!r} is no LoRA file and no folder with {" or ".join(names)}')
     try:
         with safe_open(file, 'pt') as content:
             weights = {name: content.get_tensor(name) for name in content.keys()}
             metadata = json.loads((content.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, '{}'))
+        settings = file.with_name(PEFT_SETTINGS)
+        if file.name == PEFT_FILE and settings.is_file():
+            metadata = json.loads(settings.read_text(encoding='utf-8'))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f'{key}={path!r} is truncated or no safetensors file: {error}') from error
-    if metadata.get(f'{PREFIX}.use_dora') or any('dora_scale' in k or 'magnitude_vector' in k for k in weights):
+    # A pipeline writes these with the name of its part, a network of diffusers and PEFT without.
+    metadata = {name.removeprefix(f'{PREFIX}.'): value for name, value in metadata.items()}
+    if metadata.get('use_dora') or any('dora_scale' in k or 'magnitude_vector' in k for k in weights):
         raise ValueError(f'{key}={path!r} is a DoRA, whose magnitudes are not read: give a LoRA file')
     weights = {name.removeprefix(f'{PREFIX}.').removeprefix('base_model.model.'): w for name, w in weights.items()}
     alphas = {name.removesuffix('.alpha'): float(w) for name, w in weights.items() if name.endswith('.alpha')}
@@ -286,9 +297,9 @@ def read_lora(path: str, key: str) -> dict[str, Tensor]:
         raise ValueError(f'{key}={path!r} has no keys of diffusers or PEFT (<layer>.lora_A.weight), but for example '
                          f'{sorted(weights)[:3]}')
     for layer in layers:
-        rank, patterns = len(weights[f'{layer}.lora_A.weight']), metadata.get(f'{PREFIX}.alpha_pattern') or {}
-        alpha = patterns.get(get_pattern_key(patterns, layer), metadata.get(f'{PREFIX}.lora_alpha', rank))
-        scale = alphas.get(layer, alpha) / (rank ** 0.5 if metadata.get(f'{PREFIX}.use_rslora') else rank)
+        rank, patterns = len(weights[f'{layer}.lora_A.weight']), metadata.get('alpha_pattern') or {}
+        alpha = patterns.get(get_pattern_key(patterns, layer), metadata.get('lora_alpha', rank))
+        scale = alphas.get(layer, alpha) / (rank ** 0.5 if metadata.get('use_rslora') else rank)
         if scale != 1:
             weights[f'{layer}.lora_B.weight'] = weights[f'{layer}.lora_B.weight'] * scale
     return weights
@@ -303,8 +314,9 @@ def save_lora(role: AdapterRole, folder: str) -> Path:
     `pipeline.transformer.load_lora_adapter(folder, prefix='transformer', use_safetensors=True)`.
     """
     from diffusers.loaders import SD3LoraLoaderMixin  # takes seconds
-    config = {key: sorted(value) if isinstance(value, set) else value
-              for key, value in role.base.peft_config[role.adapter].to_dict().items()}
+    config: dict[str, Any] = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in role.base.peft_config[role.adapter].to_dict().items()}
     scale, config['lora_alpha'] = config['lora_alpha'] / config['r'], config['r']
     weights = get_peft_model_state_dict(role.base, adapter_name=role.adapter)
     # The format is that of every transformer pipeline; LongCat's has no saving method of its own.

@@ -1,3 +1,4 @@
+# Decoupled DMD (arXiv 2511.22677) on the digits, with the settings of the CDM recipe beside it.
 _base_ = [
     '../_base_/default_runtime.py', '../_base_/models/sd3_digits.py', '../_base_/datasets/digits_labels.py',
     '../_base_/datasets/digits_validation.py', '../_base_/schedules/digits_800.py'

@@ -1,4 +1,4 @@
-# CDM with consistent guidance (docs/recipes.md).
+# CDM on captioned emoji with consistent guidance (docs/recipes.md).
 _base_ = './cdm_sd3-emoji_1xb64_4step_4k.py'
 
 model = dict(

@@ -10,4 +10,5 @@ _base_ = [
     '../_base_/schedules/distillation_4k.py'
 ]
 
-model = dict(type='DecoupledDMD')
+# CDM's authors never shift the levels of the losses; without this line it is D-DMD's own law.
+model = dict(type='DecoupledDMD', sigma_shift='none')

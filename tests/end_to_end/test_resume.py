@@ -218,6 +218,22 @@ def test_settings_of_the_method_are_named_with_both_values_and_adapters_must_be_
             load_check_hook.check_resumed(saved, dict(lora=dict(rank=8)))
 
 
+def test_a_run_of_decoupled_dmd_from_before_its_own_law_does_not_change_it_silently():
+    ours, other = tiny_method('DecoupledDMD'), tiny_method('CDM')
+    assert (ours.sigma_shift, other.sigma_shift) == ('scheduler', 'none')
+    for meta in ({}, dict(sigma_shift='none')):
+        with pytest.raises(ValueError, match=r"model.sigma_shift is 'scheduler' by default in DecoupledDMD, but .* "
+                                             r"with 'none': set model.sigma_shift='none' to go on"):
+            load_check_hook.check_levels(meta, dict(type='DecoupledDMD'), ours)
+        load_check_hook.check_levels(meta, dict(sigma_shift='scheduler'), ours)  # which is said as any change
+        load_check_hook.check_levels(meta, {}, tiny_method('DecoupledDMD', sigma_shift='none'))
+        load_check_hook.check_levels(meta, {}, other)
+    load_check_hook.check_levels(dict(sigma_shift='scheduler'), {}, ours)
+    with pytest.raises(ValueError, match="is 'none' by default in CDM, but .* 'scheduler'"):  # model.type has changed
+        load_check_hook.check_levels(dict(sigma_shift='scheduler'), {}, other)
+    load_check_hook.check_levels(dict(sigma_shift=None), {}, tiny_method('FlowMatching'))
+
+
 def test_a_schedule_that_lacks_a_role_is_named(run):
     with pytest.raises(ValueError, match=r'param_scheduler.fake is missing: student, fake are trained'):
         run(param_scheduler=dict(student=SCHEDULE, _delete_=True)).train()

@@ -10,15 +10,25 @@ import pytest
 import signal_support  # noqa: F401  registers SignalAtHook
 import torch
 from recipes import CDM
-from scale_support import Workers, init_gloo, launch, run_command
+from scale_support import Workers, init_gloo, launch, listen, run_command
 from tests_support import same_bits
 
 from cdm_plugin.errors import Stopped
-from cdm_plugin.hooks import SignalHook
+from cdm_plugin.hooks import SignalHook, ValidationHook
 
 SAME = ('state_dict', 'student_ema', 'optimizer', 'param_schedulers')
 ITERS = 6
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT]
+
+
+@pytest.fixture(autouse=True)
+def terminal():
+    """No signal is ignored, as nohup would have it, until the test ends."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -169,6 +179,33 @@ def test_all_ranks_stop_after_the_same_iteration():
     assert launch(one_rank_is_asked, 1) == [(3, 143), (3, 143)]
 
 
+def one_rank_is_asked_in_a_validation(rank):
+    """The other rank has handlers of its own, which the hook leaves alone."""
+    if init_gloo() != rank:
+        for number in SIGNALS:
+            signal.signal(number, lambda *args: None)
+    hook, runner = SignalHook(), bare_runner()
+    hook.before_train(runner)
+    for i in range(10):
+        if i == 3 and torch.distributed.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            hook.before_val_iter(runner, i)
+        except Stopped as error:
+            return i, error.code
+    return None
+
+
+def test_all_ranks_leave_a_validation_together():
+    assert launch(one_rank_is_asked_in_a_validation, 1) == [(3, 143), (3, 143)]
+
+
+def test_a_validation_alone_waits_for_nobody():
+    hook = SignalHook()
+    hook._got = signal.SIGTERM  # of a training that has ended
+    hook.before_val_iter(bare_runner(), 0)
+
+
 # Processes
 
 
@@ -249,5 +286,38 @@ def test_two_processes_of_which_one_is_asked(lora, tmp_path):
         with Workers(run_command, arguments) as workers:
             assert workers.wait(300) == [0, 0], workers.text()
     a, b = weights(tmp_path, last + 2), weights(tmp_path / 'whole', last + 2)
+    for part in ('state_dict', 'student_ema', 'optimizer'):
+        same_bits(a[part], b[part], part)
+
+
+def validate_and_ask(arguments, rank):
+    """A command in which one rank gets SIGTERM when a validation begins; the other has handlers of its own."""
+    stock = ValidationHook.before_val_epoch
+
+    def ask(self, runner):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stock(self, runner)
+
+    if int(os.environ['RANK']) == rank:
+        ValidationHook.before_val_epoch = ask
+    else:
+        for number in SIGNALS:
+            signal.signal(number, lambda *args: None)
+    run_command(arguments)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_asked_in_a_validation(tmp_path):
+    options = {'model_wrapper_cfg.type': 'DistillationDataParallel', 'train_cfg.val_interval': 3}
+    launcher = ('--launcher', 'pytorch')
+    with Workers(validate_and_ask, command(tmp_path, *launcher, **options), 1) as workers:
+        assert workers.wait(120) == [143, 143], workers.text()
+        text = workers.text()
+        assert 'Traceback' not in text and 'SIGTERM: stopped after 3 iterations; ' in text
+    assert [file.name for file in tmp_path.glob('iter_*.pth')] == ['iter_3.pth']
+    for folder, extra in ((tmp_path, ['--resume']), (tmp_path / 'whole', [])):
+        with Workers(run_command, command(folder, *launcher, *extra, **options)) as workers:
+            assert workers.wait(300) == [0, 0], workers.text()
+    a, b = weights(tmp_path), weights(tmp_path / 'whole')
     for part in ('state_dict', 'student_ema', 'optimizer'):
         same_bits(a[part], b[part], part)

@@ -1,5 +1,7 @@
 """The whole path of the models that the package is for, on tiny pipelines of their classes: train, be stopped, resume,
 sample, export, and open the export with diffusers alone."""
+import functools
+
 import diffusers
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from recipes import (
     FLUX2_LORA,
+    FLUX_LORA,
     KLEIN_LORA,
     KREA2_LORA,
     LONGCAT,
@@ -19,6 +22,7 @@ from recipes import (
 )
 from test_training import same_bits
 from tiny_pipelines import (
+    save_tiny_flux,
     save_tiny_flux2,
     save_tiny_klein,
     save_tiny_krea2,
@@ -38,15 +42,17 @@ MODELS = {
     'sd3': (save_tiny_sd3, 16, 'StableDiffusion3Pipeline', {}, dict(guidance_scale=1.0)),
     'longcat': (save_tiny_longcat, 64, 'LongCatImagePipeline', dict(text_processor=None),
                 dict(guidance_scale=1.0, enable_prompt_rewrite=False)),
+    'flux': (functools.partial(save_tiny_flux, guidance_embeds=True), 16, 'FluxPipeline', {}, dict(guidance_scale=3.5)),
     'klein': (save_tiny_klein, 32, 'Flux2KleinPipeline', {}, dict(guidance_scale=1.0)),
     'flux2': (save_tiny_flux2, 32, 'Flux2Pipeline', {}, dict(guidance_scale=4.0)),
     'krea2': (save_tiny_krea2, 16, 'Krea2Pipeline', {}, dict(guidance_scale=0.0)),
     'z_image': (save_tiny_z_image, 16, 'ZImagePipeline', {}, dict(guidance_scale=0.0)),
     'qwen_image': (save_tiny_qwen_image, 16, 'QwenImagePipeline', {}, dict(true_cfg_scale=1.0))}
-RECIPES = {('sd3', 'full'): SD3, ('sd3', 'lora'): SD3_LORA, ('longcat', 'full'): LONGCAT,
-           ('longcat', 'lora'): LONGCAT_LORA, ('z_image', 'lora'): Z_IMAGE_LORA,
-           ('qwen_image', 'lora'): QWEN_IMAGE_LORA, ('klein', 'lora'): KLEIN_LORA, ('flux2', 'lora'): FLUX2_LORA,
-           ('krea2', 'lora'): KREA2_LORA}
+LORA = dict(sd3=SD3_LORA, longcat=LONGCAT_LORA, flux=FLUX_LORA, klein=KLEIN_LORA, flux2=FLUX2_LORA, krea2=KREA2_LORA,
+            z_image=Z_IMAGE_LORA, qwen_image=QWEN_IMAGE_LORA)
+# Full recipes for one process; of the others the LoRA recipe, without its adapters.
+FULL = dict(sd3=SD3, longcat=LONGCAT)
+NEWER = ('flux', 'z_image', 'qwen_image', 'klein', 'flux2', 'krea2')
 
 
 @pytest.fixture(scope='module')
@@ -63,8 +69,8 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize('name, method, weights', [
     ('sd3', 'CDM', 'lora'), ('longcat', 'CDM', 'full'), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
         ('sd3', 'CDM', 'full'), ('sd3', 'DMD2', 'lora'), ('longcat', 'CDM', 'lora'),
-        ('longcat', 'DecoupledDMD', 'full'), ('z_image', 'CDM', 'lora'), ('qwen_image', 'CDM', 'lora'),
-        ('klein', 'CDM', 'lora'), ('flux2', 'CDM', 'lora'), ('krea2', 'CDM', 'lora')))])
+        ('longcat', 'DecoupledDMD', 'full'), *((name, 'CDM', weights) for name in NEWER
+                                               for weights in ('lora', 'full'))))])
 def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
     _, size, pipeline_name, loading, calling = MODELS[name]
     options = {
@@ -76,10 +82,13 @@ def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
         'train_dataloader.dataset.ann_file': str(sources / 'prompts.txt'), 'log_level': 'ERROR',
         'custom_hooks': [dict(type='CDMHook')], 'default_hooks.checkpoint.interval': 2,
         'optim_wrapper.student.accumulative_counts': 1, 'optim_wrapper.fake.accumulative_counts': 1}
+    if weights == 'full' and name not in FULL:
+        options['model.lora'] = None
+    recipe = LORA[name] if weights == 'lora' else FULL.get(name, LORA[name])
     config = tmp_path / 'config.py'
 
     def train(work_dir, iterations, resume=False):
-        cfg = load_config(RECIPES[name, weights], {
+        cfg = load_config(recipe, {
             **options, 'train_cfg.max_iters': iterations, 'work_dir': str(tmp_path / work_dir), 'resume': resume,
             'experiment_name': f'{tmp_path.name}-{work_dir}-{iterations}'})
         cfg.param_scheduler = {role: [dict(type='ConstantLR', factor=1.0, by_epoch=False, begin=0, end=9)]
@@ -106,8 +115,8 @@ def test_train_resume_sample_export(name, method, weights, sources, tmp_path):
     assert main([*command, *(['--fuse'] if weights == 'lora' else [])]) == 0
     pipeline = getattr(diffusers, pipeline_name).from_pretrained(tmp_path / 'student', **loading)
     pipeline.set_progress_bar_config(disable=True)
-    # The pipelines of LongCat and Qwen-Image take packed latents; Z-Image's changes the list of prompts.
-    packs = name in ('longcat', 'qwen_image', 'krea2')
+    # Some pipelines take packed latents; Z-Image's changes the list of prompts.
+    packs = name in ('longcat', 'flux', 'qwen_image', 'krea2')
     latents = pipeline._pack_latents(noise, *noise.shape) if packs else noise
     exported = pipeline(prompt=list(PROMPTS), latents=latents, height=size, width=size, num_inference_steps=4,
                         sigmas=[1.0, 0.75, 0.5, 0.25], output_type='pt', **calling).images

@@ -116,7 +116,7 @@ def test_unknown_keys_and_kernels_are_refused(tiny):
 
 @pytest.mark.parametrize('setting', [
     dict(invert_sigmas=True), dict(use_karras_sigmas=True),
-    dict(use_exponential_sigmas=True), dict(use_beta_sigmas=True), dict(stochastic_sampling=True)], ids=str)
+    dict(use_exponential_sigmas=True), dict(use_beta_sigmas=True)], ids=str)
 def test_unsupported_schedulers_are_refused(setting, longcat, tmp_path, monkeypatch):
     """From the config, and from the pretrained folder; the levels would depend on the whole grid."""
     monkeypatch.setattr('diffusers.schedulers.scheduling_flow_match_euler_discrete.is_scipy_available', lambda: True)

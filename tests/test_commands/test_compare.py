@@ -8,7 +8,6 @@ import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -273,58 +272,6 @@ def test_large_grids_fit_on_the_page(monkeypatch):
     assert abs(int(shrunk) / 100 - pixels(urls[0]).shape[1] / 200) < 0.01
 
 
-MANY = '''
-<script>
-const set = (node, value) => { node.value = value; node.dispatchEvent(new Event('input')); };
-set($('time'), 700);
-const image = document.images[0];
-addEventListener('load', () => { document.body.dataset.report = JSON.stringify(
-  {images: document.images.length, src: image.getAttribute('src'), side: image.naturalWidth}); });
-</script></body>'''
-
-
-@pytest.fixture(scope='module')
-def many(tmp_path_factory):
-    """A page of two runs with 1,000 grids each, all of another colour."""
-    folder, made = tmp_path_factory.mktemp('many'), []
-    for i in range(2):
-        run = Run(name=f'run{i}', config={'model.type': "'CDM'", 'model.student_every': '1'})
-        for step in range(1000):
-            buffer = io.BytesIO()
-            Image.new('RGB', (40 + i, 30), (step % 256, step // 256, 9)).save(buffer, 'png')
-            run.grids['samples'][step] = buffer.getvalue()
-        made.append(run)
-    return made, page.write_page(made, folder / 'two runs.html')
-
-
-def test_two_thousand_grids_lie_beside_the_page(many):
-    made, html = many
-    shown = json.loads(re.search(r'id="data">(.*?)</script>', html.read_text(), re.S)[1])
-    assert html.stat().st_size < 300_000 and len(shown['times']) == 1000
-    for run, own in zip(made, shown['runs']):
-        for step, url in list(own['grids']['samples'].items())[::99]:
-            assert (html.parent / unquote(url)).read_bytes() == run.grids['samples'][int(step)]
-    assert shown['notes'] == ['The sample grids lie in the folder two runs_grids beside this page: keep them together.']
-    before = {path.name: path.stat().st_mtime_ns for path in html.parent.glob('two runs_grids/*')}
-    page.write_page([Run(name='one', grids=dict(samples={s: made[0].grids['samples'][s] for s in range(200)}))], html)
-    after = {path.name: path.stat().st_mtime_ns for path in html.parent.glob('two runs_grids/*')}
-    assert len(before) == 2000 and len(after) == 200 and after.items() <= before.items()
-    page.write_page(made, html)
-
-
-@needs_chromium
-def test_only_the_grids_that_are_shown_are_read(many, tmp_path):
-    made, html = many
-    driven = tmp_path / 'two runs_grids'
-    shutil.copytree(html.parent / 'two runs_grids', driven)
-    for path in driven.iterdir():
-        if '_700_' not in path.name and '_999_' not in path.name:
-            path.unlink()  # a file that is missed would be an error on the console
-    report = reported(in_chromium(html, MANY, tmp_path))
-    assert report == dict(images=2, src=f'two%20runs_grids/0_samples_700_{len(made[0].grids["samples"][700])}.png',
-                          side=40)
-
-
 # Moves the controls as a reader would, and leaves in an attribute what the page shows then.
 DRIVE = '''
 <script>
@@ -376,16 +323,6 @@ keep();
 report.atEnd = JSON.parse(decodeURIComponent(location.hash.slice(1))).atEnd;
 document.body.dataset.report = JSON.stringify(report);
 </script></body>'''
-# What a window shows: whether it has to be scrolled sideways, its colours, and whether keys reach every control.
-WINDOW = '''
-<script>
-const report = {width: innerWidth, content: document.documentElement.scrollWidth,
-  page: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
-  reached: controls().map(node => { node.focus(); return document.activeElement === node && node.tabIndex === 0; })};
-document.body.dataset.report = JSON.stringify(report);
-</script></body>'''
-
-
 def in_chromium(html, script, tmp_path, *flags):
     """The page's document after a script at its end has run; nothing may have been refused or have failed."""
     driven = tmp_path / 'driven.html'
@@ -409,17 +346,6 @@ def test_what_is_chosen_outlasts_a_reload(html, tmp_path):
     report = reported(in_chromium(html, RELOAD, tmp_path))
     assert report['restored'] == report['chosen'] != report['before']
     assert report['smoothed'] == 1 and report['atEnd']
-
-
-@needs_chromium
-def test_a_narrow_window_dark_mode_and_keys(html, tmp_path):
-    wide = reported(in_chromium(html, WINDOW, tmp_path, '--window-size=1400,900'))
-    narrow = reported(in_chromium(html, WINDOW, tmp_path, '--window-size=500,800',
-                                  '--blink-settings=preferredColorScheme=0'))
-    for report in (wide, narrow):
-        assert report['content'] <= report['width'] and report['reached'] and all(report['reached'])
-    assert narrow['width'] <= 500 < wide['width']
-    assert (wide['page'], narrow['page']) == ('rgb(245, 246, 248)', 'rgb(16, 20, 24)')
 
 
 @needs_chromium

@@ -8,7 +8,7 @@ from tests_support import tiny_backbone
 from cdm_plugin.cli import main
 from cdm_plugin.commands.doctor.diagnosis import diagnose
 from cdm_plugin.engine import AutocastOptimWrapper
-from cdm_plugin.engine.refusals import refusals
+from cdm_plugin.engine.refusals import missing_hook, refusals
 
 
 def wrapper(**settings):
@@ -50,6 +50,8 @@ REFUSED = {
                            "dataset.type='HFStream' has no end, and train_cfg counts epochs"),
     'validation on a stream': (dict(val_dataloader=STREAM, val_cfg=dict(), val_evaluator=[]),
                                "val_dataloader.dataset.type='HFStream' has no end: take a dataset with a length"),
+    'two averages': (dict(custom_hooks=[dict(type='mmengine.EMAHook'), dict(type='CDMHook')]), 'remove EMAHook, or'),
+    'no hook': (dict(custom_hooks=[dict(type='ValidationHook')]), r"custom_hooks needs dict\(type='CDMHook'\)"),
     'epochs without end': (dict(train_cfg=dict(by_epoch=True, max_epochs=1)), "sampler.type='InfiniteSampler'")}
 
 
@@ -76,10 +78,27 @@ def test_what_goes_is_not_refused():
              dict(model=dict(type='TheirModel'), compile=True),
              dict(strategy=dict(type='DistillationDeepSpeedStrategy')),
              dict(model_wrapper_cfg=dict(type='DistillationDataParallel')),
+             dict(custom_hooks=[dict(type='CDMHook', ema_decay=None), dict(type='EMAHook')]),
              dict(train_cfg=dict(by_epoch=True, max_epochs=1),
                   train_dataloader=dict(sampler=dict(type='DefaultSampler', shuffle=True))))
     assert [list(refusals(config(**kind))) for kind in kinds] == [[]] * len(kinds)
     assert list(refusals({})) == list(refusals(Config())) == []
+
+
+def test_several_processes_need_a_wrapper_or_shards(tmp_path, capsys):
+    config().dump(tmp_path / 'own.py')
+    assert main(['train', str(tmp_path / 'own.py'), '--launcher', 'pytorch']) == 2
+    problem, = diagnose(config(), gpus=2).problems
+    assert problem in capsys.readouterr().err and "model_wrapper_cfg=dict(type='DistillationDataParallel')" in problem
+    for good in (dict(model_wrapper_cfg=dict(type='DistillationDataParallel')), dict(
+            strategy=dict(type='DistillationDeepSpeedStrategy'))):
+        assert list(refusals(config(**good), processes=2)) == []
+
+
+def test_hooks_of_their_own_are_enough():
+    names = ('IterationHook', 'ValidationHook')
+    assert list(missing_hook(config(custom_hooks=[dict(type=name) for name in names]))) == []
+    assert list(missing_hook(dict(model=dict(type='TheirModel')))) == []
 
 
 def test_amp_is_every_roles(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cdm_plugin.flow import full_precision
-from cdm_plugin.losses.functional import direction_loss, flow_matching_loss, reference_norm
+from cdm_plugin.losses.functional import direction_loss, flow_matching_loss, huber_direction_loss, reference_norm
 
 
 def dm_loss(x0, teacher, fake, min_norm=0.1):
@@ -42,6 +42,16 @@ def test_ca_loss_by_hand():
     assert ca_loss(X0, REFERENCE, OTHER, alpha=1.0).tolist() == pytest.approx(BY_HAND, rel=1e-14)
     assert ca_loss(X0, REFERENCE, OTHER, alpha=7.0).tolist() == pytest.approx([49 * b for b in BY_HAND], rel=1e-14)
     assert ca_loss(X0, REFERENCE, OTHER, alpha=0.0).tolist() == [0.0, 0.0]
+
+
+def test_the_pseudo_huber_distance_by_hand():
+    """c = 3: delta 4 has the distance 5 - 3, delta 0 none; w = 1 / 2 and 10 as above."""
+    delta = torch.tensor([[4.0, 0.0], [-4.0, float('nan')]], dtype=torch.float64)
+    x0 = X0.clone().requires_grad_()
+    loss = huber_direction_loss(x0, delta, REFERENCE, 3.0)
+    assert loss.tolist() == pytest.approx([0.5 * 2 / 2, 10 * 2 / 2], rel=1e-14)
+    loss.sum().backward()  # -w delta / sqrt(delta^2 + c^2) / numel
+    assert x0.grad.flatten().tolist() == pytest.approx([-0.5 * 0.8 / 2, 0, 10 * 0.8 / 2, 0], rel=1e-14)
 
 
 def test_flow_matching_loss_by_hand():

@@ -4,7 +4,7 @@ import torch
 from mmengine.registry import MODELS
 
 from cdm_plugin.draws import DrawContext, stream
-from cdm_plugin.losses import CALoss, CDMLoss, DMLoss, FlowMatchingLoss, LossInputs, ScoreLoss
+from cdm_plugin.losses import CALoss, CDMLoss, DMLoss, FlowMatchingLoss, LossInputs, ScoreLoss, TDMLoss
 from cdm_plugin.rollout import Prediction
 from cdm_plugin.sigma_samplers import AnchorSigma, CappedUniformSigma, UniformSigma
 
@@ -239,6 +239,46 @@ def test_weight_of_a_score_loss_is_the_methods_business(type, prediction, answer
     assert torch.equal(a, b)
     with pytest.raises(ValueError, match=f'{type}.weight must be a number of 0 or more, but is -1'):
         MODELS.build(dict(type=type, weight=-1))
+
+
+@pytest.mark.parametrize('loss', ['CALoss', 'DMLoss', 'CDMLoss', 'TDMLoss'])
+def test_a_loss_in_velocity_is_the_squared_distance_of_velocities(loss, prediction, answers):
+    """x0 and target x0 + w delta belong to velocities v and v - w delta / sigma at the same x."""
+    kwargs = dict(huber=None) if loss == 'TDMLoss' else {}
+    velocity, x0 = (MODELS.build(dict(type=loss, space=space, **kwargs)) for space in ('velocity', 'x0'))
+    delta, reference = x0.direction(inputs_of(prediction, answers=answers))
+    w = 1 / (reference - prediction.x0.detach()).abs().mean((1, 2, 3), keepdim=True).clamp(min=0.1)
+    target = prediction.velocity.detach() - w * delta / column(SIGMA)
+    expected = (prediction.velocity - target).square().mean((1, 2, 3))
+    ours, plain = value_of(velocity, prediction, answers)[0], value_of(x0, prediction, answers)[0]
+    assert close(ours, expected) and close(plain, expected * column(SIGMA).flatten().square())
+    # With respect to v its gradient, 2 w delta / sigma, carries 1 / sigma where that of the loss in x0 carries sigma.
+    grads = [torch.autograd.grad(value.sum(), prediction.velocity, retain_graph=True)[0] for value in (ours, plain)]
+    numel = prediction.velocity[0].numel()
+    assert close(grads[0], 2 * w * delta / column(SIGMA) / numel)
+    assert close(grads[1], 2 * w * delta * column(SIGMA) / numel)
+
+
+def test_the_point_of_tdm_is_the_steps_end_diffused_within_the_step(prediction):
+    """By hand: x_e = x + (e - s) v; signal (1 - t) / (1 - e) of it, and noise for the rest of the variance."""
+    end, level = [0.6, 0.3, 0.0], [0.8, 0.3, 0.02]
+    draws = dict(sigma=column(level).flatten(), noise=latents(2), end_sigma=column(end).flatten())
+    asked = TDMLoss().queries(inputs_of(prediction.detach(), draws))
+    assert asked.keys() == {'teacher', 'fake', 'null'} and asked['null'].null
+    keep = (1 - column(level)) / (1 - column(end))
+    at_end = prediction.x + (column(end) - column(SIGMA)) * prediction.velocity
+    z = keep * at_end + (column(level)**2 - (keep * column(end))**2).clamp(min=0).sqrt() * latents(2)
+    assert all(close(query.x, z) and query.sigma is draws['sigma'] for query in asked.values())
+    assert close(z[1], at_end[1]) and close(z[2], 0.98 * prediction.x0[2] + 0.02 * latents(2)[2])
+
+
+def test_the_draws_of_tdm_and_the_laws_that_it_refuses():
+    anchors, grid = column(SIGMA).flatten(), column(SIGMA).flatten()
+    drawn = TDMLoss().draw(DrawContext(stream(0), anchors, lambda generator: grid, SHAPE, grid))
+    assert drawn['end_sigma'].tolist() == [0.6, 0.3, 0.0]
+    assert (drawn['end_sigma'] <= drawn['sigma']).all() and (drawn['sigma'] <= anchors).all()
+    with pytest.raises(ValueError, match=r"sigma is UniformSigma, but TDM needs .*type='StepSigma'"):
+        TDMLoss(sigma=dict(type='UniformSigma'))
 
 
 def test_flow_matching_loss_and_its_weight():

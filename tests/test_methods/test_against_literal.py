@@ -1,7 +1,7 @@
 """The optimised iteration against tests/literal.py: losses and every gradient, given the same draws."""
 import pytest
 import torch
-from literal import fake_loss, merge, student_losses
+from literal import fake_loss, merge, student_losses, tdm_fake_loss, tdm_loss
 from tests_support import recording_optimizers, tiny_method
 
 RECIPES = dict(
@@ -15,9 +15,10 @@ RECIPES = dict(
                            losses=dict(cdm=dict(points='on-trajectory'))),
     DecoupledDMD=dict(type='DecoupledDMD', alpha=2.0),
     DMD2=dict(type='DMD2', alpha=2.0, student_every=2),
+    DMD2_renoised=dict(type='DMD2', alpha=2.0, student_every=2, rollout='renoise'),
     DMD2_anchor_aware=dict(type='DMD2', alpha=2.0, student_every=2, anchor_aware_fake=True),
 )
-GUIDED = dict(CDM_consistent=('cdm',), DMD2=('dm',), DMD2_anchor_aware=('dm',))
+GUIDED = dict(CDM_consistent=('cdm',), DMD2=('dm',), DMD2_renoised=('dm',), DMD2_anchor_aware=('dm',))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -91,3 +92,35 @@ def test_fake_steps_on_one_rollout_equal_the_literal_implementation(labels, netw
     null = method.null_condition(len(condition)).fields
     sum(student_losses(networks, draws, condition.fields, null, 2.0, ()).values()).backward()
     assert relative_error(optimizers['student'].gradients, gradients(networks['student'])) < 1e-12
+
+
+@pytest.mark.parametrize('settings', [
+    dict(), dict(anchor_aware_fake=True), dict(time_grid=dict(type='DynamicTimeGrid', max_steps=6, low=0.01, high=1.0)),
+    dict(fake_steps=2, sigma_shift='scheduler', activation_checkpointing=True)], ids=str)
+def test_tdm_equals_its_literal_implementation(settings, labels, networks_copy):
+    """A cycle of TDM: point, importance weights and pseudo-Huber distance as they are written."""
+    method = tiny_method('TDM', alpha=2.0, **settings)
+    if hasattr(method.fake, 'anchor_embedding'):
+        torch.nn.init.normal_(method.fake.anchor_embedding.embedding.linear_2.weight, std=0.1)
+    networks, optimizers, lr = networks_copy(method), recording_optimizers(method), 0.05
+    for network in networks.values():
+        network.disable_gradient_checkpointing()
+    condition = method.backbone.condition(labels)
+    null = method.null_condition(len(condition)).fields
+    draws = method.sample_draws(len(condition))
+    logs = method.train_step(labels, optimizers)
+    losses = []
+    for step in range(method.fake_steps):
+        losses.append(tdm_fake_loss(networks, draws, condition.fields, step))
+        networks['fake'].zero_grad()
+        losses[-1].backward()
+        with torch.no_grad():
+            for p in networks['fake'].parameters():
+                p -= 0 if p.grad is None else lr * p.grad
+    assert logs['loss_fake'].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-12)
+    assert relative_error(method.fake.parameters(), networks['fake'].parameters()) < 1e-12
+    loss = tdm_loss(networks, draws, condition.fields, null, 2.0)
+    loss.backward()
+    assert logs['loss_dm'].item() == pytest.approx(loss.item(), rel=1e-12)
+    assert relative_error(optimizers['student'].gradients, gradients(networks['student'])) < 1e-11
+    assert sum(g.abs().sum() for g in optimizers['student'].gradients if g is not None) > 0

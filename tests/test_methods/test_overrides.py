@@ -57,6 +57,31 @@ def test_a_fixed_grid_takes_the_inference_levels_by_default():
     assert method.time_grid.sigmas.tolist() == [1.0, 0.5]
 
 
+def test_every_level_of_decoupled_dmd_is_drawn_before_the_shift_and_of_its_reuse_as_it_is_used():
+    """Of 4 steps with a shift of 3 the anchors are 1, .9, .75 and .5; the caps were 1, .75, .5 and .25."""
+    ours, reuse = tiny_method('DecoupledDMD'), tiny_method('DecoupledDMD', sigma_shift='none')
+    for ours.iteration in range(1, 21, 2):
+        reuse.iteration = ours.iteration
+        shifted, plain = ours.sample_draws(8), reuse.sample_draws(8)
+        assert torch.equal(shifted.anchor_sigma, plain.anchor_sigma)
+        cap = torch.tensor([1.0, 0.75, 0.5, 0.25]).double()[shifted.anchor]
+        u = plain.losses['ca']['sigma'] / plain.anchor_sigma
+        for name, ours_, theirs in (('ca', shifted.losses['ca']['sigma'], cap * u),
+                                    ('dm', shifted.losses['dm']['sigma'], plain.losses['dm']['sigma']),
+                                    ('fake', shifted.fake_sigma[0], plain.fake_sigma[0])):
+            free = (plain.losses['ca']['sigma'] > 0.02) if name == 'ca' else (theirs > 0.02) & (theirs < 0.98)
+            expected = (3 * theirs / (1 + 2 * theirs)).clamp(0.02, 0.98)
+            assert torch.allclose(ours_[free], expected[free], rtol=0, atol=1e-12), name
+        assert (shifted.losses['ca']['sigma'] <= shifted.anchor_sigma + 1e-12).all()
+
+
+def test_tdm_needs_levels_within_its_steps():
+    with pytest.raises(ValueError, match=r"model.fake_sigma is UniformSigma, but TDM needs .*dict\(type='StepSigma'\)"):
+        tiny_method('TDM', fake_sigma=dict(type='UniformSigma'))
+    with pytest.raises(ValueError, match='model.losses.*sigma is CappedUniformSigma'):
+        tiny_method('TDM', losses=dict(dm=dict(sigma=dict(type='CappedUniformSigma'))))
+
+
 @pytest.mark.parametrize('override, match', [
     (dict(losses=dict(ca=3)), 'must be a dict'),
     (dict(losses=dict(ca=dict(sigma=dict(low=0.1)))), 'needs a type'),

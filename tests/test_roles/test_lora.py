@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from mmengine.registry import MODELS
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tests_support import perturb, recording_optimizers, tiny_backbone, tiny_method
 
@@ -264,6 +264,37 @@ def test_lora_file_round_trip_and_start_from_it(tmp_path):
     for (name, p), q in zip(method.student.named_parameters(), started.student.parameters()):
         assert torch.equal(p, q), name
     assert not any(torch.equal(p, q) for p, q in zip(method.fake.parameters(), started.fake.parameters()))
+
+
+@pytest.mark.parametrize('writer', ['diffusers', 'peft'])
+@pytest.mark.parametrize('settings', [
+    dict(use_rslora=True), dict(alpha_pattern={'to_k': 1.0}), dict(rank_pattern={'to_k': 2})],
+    ids=['rslora', 'alpha-pattern', 'rank-pattern'])
+def test_a_start_of_another_kind_of_lora_file(settings, writer, tmp_path):
+    """As diffusers' networks and PEFT write them: scales are read right, ranks of several sizes are refused."""
+    method = MODELS.build(dict(type='CDM', backbone=tiny_backbone(), lora=RANK))
+    network = SD3Transformer2DModel.from_config(method.base.config)
+    config = LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **settings, target_modules=sorted({
+        name.rpartition('attn.')[2] for name, m in method.base.named_modules() if hasattr(m, 'lora_A')}))
+    if writer == 'diffusers':
+        network.add_adapter(config)
+        network.save_lora_adapter(tmp_path)
+    else:
+        PeftModel(network, config).save_pretrained(tmp_path)
+    build = functools.partial(MODELS.build, dict(
+        type='CDM', backbone=tiny_backbone(), lora=dict(RANK, student=str(tmp_path))))
+    if 'rank_pattern' in settings:
+        with pytest.raises(ValueError, match=r'model\.lora\.student=.*rank 2, but model\.lora\.rank is 3.*to_k'):
+            build()
+        return
+    started = build()
+    layers = {n: m for n, m in network.named_modules() if hasattr(m, 'lora_A')}
+    assert len(layers) > 8
+    for name, layer in layers.items():
+        torch.testing.assert_close(started.base.get_submodule(name).get_delta_weight('student'),
+                                   layer.get_delta_weight('default'), rtol=1e-5, atol=1e-6)
+    scales = {round(layer.scaling['default'], 4) for layer in layers.values()}
+    assert scales == ({3.4641} if 'use_rslora' in settings else {2.0, 0.3333})
 
 
 def test_a_lora_file_has_its_strength_in_its_weights(tmp_path):

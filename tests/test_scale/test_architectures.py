@@ -1,4 +1,6 @@
-"""Architectures whose texts have lengths of their own, in two processes: each pads its own batch."""
+"""Every architecture but SD3, which the other tests take, in two processes; where texts have lengths of their own, each
+pads its own batch."""
+import functools
 import re
 
 import pytest
@@ -6,12 +8,22 @@ import torch
 from deepspeed_support import STRATEGIES, build_pretrained, checkpoint, config, train
 from mmengine.registry import MODELS
 from scale_support import init_gloo, launch, selected
-from tiny_pipelines import save_tiny_klein, save_tiny_krea2, save_tiny_qwen_image, save_tiny_z_image
+from tiny_pipelines import (
+    save_tiny_flux,
+    save_tiny_flux2,
+    save_tiny_klein,
+    save_tiny_krea2,
+    save_tiny_longcat,
+    save_tiny_qwen_image,
+    save_tiny_z_image,
+)
 
-SAVE = dict(z_image=save_tiny_z_image, qwen_image=save_tiny_qwen_image, klein=save_tiny_klein,
+SAVE = dict(longcat=save_tiny_longcat, flux=functools.partial(save_tiny_flux, guidance_embeds=True),
+            z_image=save_tiny_z_image, qwen_image=save_tiny_qwen_image, klein=save_tiny_klein, flux2=save_tiny_flux2,
             krea2=save_tiny_krea2)
-TYPES = dict(z_image='ZImageBackbone', qwen_image='QwenImageBackbone', klein='Flux2KleinBackbone',
-             krea2='Krea2Backbone')
+TYPES = dict(longcat='LongCatImageBackbone', flux='FluxBackbone', z_image='ZImageBackbone',
+             qwen_image='QwenImageBackbone', klein='Flux2KleinBackbone', flux2='Flux2Backbone', krea2='Krea2Backbone')
+SIZES = dict(longcat=64, klein=32, flux2=32)  # pixels of a side, the others' is 16
 # How it runs in two processes, and what changes in the model. Qwen-Image's last block has weights without gradient.
 WAYS = dict(ddp=(None, dict(activation_checkpointing=True)), lora=(None, dict(lora=dict(rank=2))),
             zero3=('stage3', dict(anchor_aware_fake=False)))  # what is new is drawn from another state there
@@ -23,7 +35,7 @@ def options(root, name, way):
     (root / 'prompts.txt').write_text('\n'.join(PROMPTS))
     backbone = dict(type=TYPES[name], pretrained=str(root / name))
     dataset = dict(type='PromptDataset', ann_file=str(root / 'prompts.txt'))
-    return dict(iters=4, backbone=backbone, image_size=dict(klein=32).get(name, 16), dataset=dataset, **WAYS[way][1])
+    return dict(iters=4, backbone=backbone, image_size=SIZES.get(name, 16), dataset=dataset, **WAYS[way][1])
 
 
 def build_ddp(cfg, world_size, rank):

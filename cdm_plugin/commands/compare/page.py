@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -25,6 +25,7 @@ MAX_IMAGE_BYTES = 6_400_000  # of all images, before base64 makes 4 bytes of 3
 MAX_HISTOGRAMS = 100  # of a run
 MAX_VALUE = 400  # characters of a config's value
 MIN_SIDE = 64
+Time = TypeVar('Time', int, float)
 
 
 def write_page(runs: Sequence[Run], path: str | Path, reload: int | None = None) -> Path:
@@ -108,7 +109,7 @@ def _thin(series: dict[int, float]) -> dict[str, list]:
         kept = {steps[-1]}
         for stretch in np.array_split(steps, MAX_POINTS // 2)[:-1]:
             finite = [int(step) for step in stretch if math.isfinite(series[step])] or [int(stretch[0])]
-            kept |= {min(finite, key=series.get), max(finite, key=series.get)}
+            kept |= {min(finite, key=series.__getitem__), max(finite, key=series.__getitem__)}
         steps = sorted(kept)
     return dict(steps=steps, values=[series[step] if math.isfinite(series[step]) else None for step in steps])
 
@@ -120,7 +121,8 @@ def _logged_times(runs: Sequence[Run], clocks: list[int]) -> list[float]:
 def _place_grids(runs: Sequence[Run], folder: Path, notes: list[str]) -> list[dict[str, dict[int, str]]]:
     """Each run's grids in the folder, as they are, and their URLs from beside it. Those of an earlier page go."""
     folder.mkdir(parents=True, exist_ok=True)
-    known, placed = {path.name for path in folder.glob('*.png') if path.stem.endswith(f'_{path.stat().st_size}')}, []
+    known = {path.name for path in folder.glob('*.png') if path.stem.endswith(f'_{path.stat().st_size}')}
+    placed: list[dict[str, dict[int, str]]] = []
     for i, run in enumerate(runs):
         placed.append({name: {} for name in sorted(run.grids)})
         for name, step, source in [(n, s, grid[s]) for n, grid in sorted(run.grids.items()) for s in sorted(grid)]:
@@ -164,7 +166,7 @@ def _embed_grids(runs: Sequence[Run], clocks: list[int], times: list[float],
     return embedded
 
 
-def _spread(values: list[float], count: int) -> list[float]:
+def _spread(values: list[Time], count: int) -> list[Time]:
     """At most `count` of the values, evenly, the first and the last among them."""
     if len(values) <= count:
         return values

@@ -121,7 +121,8 @@ def _append(run: Run, part: Run) -> None:
     for series in run.series:
         for step in [s for s in series if s > start]:
             del series[step]
-    for ours, theirs in ((run.scalars, part.scalars), (run.grids, part.grids)):
+    pairs: tuple[tuple[Any, Any], ...] = ((run.scalars, part.scalars), (run.grids, part.grids))
+    for ours, theirs in pairs:
         for name, series in theirs.items():
             ours[name].update(series)
     run.histograms.update(part.histograms)
@@ -221,7 +222,7 @@ def _flatten(path: str, node: ast.expr) -> Iterator[tuple[str, str]]:
         else:
             children = [(word.arg, word.value) for word in node.keywords]
     if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        children = [(key.value, value) for key, value in zip(node.keys, node.values)]
+        children = [(ast.literal_eval(key), value) for key, value in zip(node.keys, node.values)]
     elif isinstance(node, (ast.List, ast.Tuple)) and any(isinstance(n, (ast.Call, ast.Dict)) for n in node.elts):
         children = list(enumerate(node.elts))
     if not children:

@@ -46,7 +46,7 @@ def looks(method: Distillation) -> int:
 def grid_lengths(grid: Any) -> dict[int, float]:
     """Number of levels of a time grid -> its probability; of a grid from a plug-in, its frequency in 1,000 draws."""
     if isinstance(grid, DynamicTimeGrid):
-        lengths = range(grid.min_steps, grid.max_steps + 1)
+        lengths = list(range(grid.min_steps, grid.max_steps + 1))
     elif isinstance(grid, FixedTimeGrid):
         lengths = [len(grid.sigmas)]
     else:

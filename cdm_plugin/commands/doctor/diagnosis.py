@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, HOOKS, STRATEGIES, DefaultScope
+from mmengine.registry import DATASETS, STRATEGIES, DefaultScope
 from torch import Tensor
 
 import cdm_plugin  # noqa: F401  registers everything
 from cdm_plugin.assets import resolve
+from cdm_plugin.commands.doctor import distributions
 from cdm_plugin.commands.doctor.calls import expected_calls
 from cdm_plugin.commands.doctor.memory import (
     _accumulates,
@@ -34,18 +35,19 @@ from cdm_plugin.commands.doctor.memory import (
 from cdm_plugin.commands.doctor.meta import build_on_meta
 from cdm_plugin.commands.doctor.report import GPUS, Memory, Report, _numbers, _problems, _size
 from cdm_plugin.commands.doctor.sharding import SHARINGS, Sharing, chosen, data_parallel, memory
+from cdm_plugin.compat.packages import mmengine_distributions
 from cdm_plugin.config import check_config, naming_parts
 from cdm_plugin.data import HFDataset, HFStream, WebDataset
 from cdm_plugin.engine import DistillationDeepSpeedStrategy
-from cdm_plugin.engine.deepspeed_config import OWN_KEYS, settle_config
-from cdm_plugin.engine.refusals import refusals
-from cdm_plugin.hooks import CDMHook
+from cdm_plugin.engine.deepspeed_config import MISSING, OWN_KEYS, settle_config
+from cdm_plugin.engine.refusals import lost_gradients, missing_hook, refusals
 from cdm_plugin.methods import DiffusionModel, Distillation
 from cdm_plugin.registry import class_of, is_type
 from cdm_plugin.roles import attention
+from cdm_plugin.scopes import clashes
 from cdm_plugin.sigma_samplers import SigmaSampler
 
-PACKAGES = ('torch', 'mmengine', 'diffusers', 'transformers', 'peft', 'deepspeed', 'xformers', 'flash-attn',
+PACKAGES = ('torch', 'diffusers', 'transformers', 'peft', 'deepspeed', 'xformers', 'flash-attn',
             'bitsandbytes')
 
 
@@ -67,7 +69,8 @@ def diagnose(cfg: Config, gpus: int = 1, table: Sequence[int] = GPUS) -> Report:
     with _problems(report), naming_parts(cfg), DefaultScope.overwrite_default_scope(
             cfg.get('default_scope', 'mmengine')):
         check_config(cfg)
-        refused = list(refusals(cfg))
+        report.warnings += clashes(cfg.to_dict())
+        refused = [*refusals(cfg, gpus), *missing_hook(cfg)]
         report.problems += refused
         method = build_on_meta(cfg.model.to_dict(), report)
         if not any(text.startswith('optim_wrapper') for text in refused):
@@ -199,6 +202,7 @@ def _describe_optimizer(cfg: dict[str, Any], wrapper: Any) -> str:
 
 def _versions() -> dict[str, str]:
     found = dict(python=platform.python_version())
+    found.update({distribution.metadata['Name']: distribution.version for distribution in mmengine_distributions()})
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -227,11 +231,10 @@ def _attention(method: DiffusionModel, wrappers: dict[str, Any]) -> str:
 
 def _check_surroundings(cfg: Config, report: Report) -> None:
     """Files, packages and processes."""
-    if report.gpus > 1 and 'model_wrapper_cfg' not in cfg and 'strategy' not in cfg:
-        report.problems.append(f'{report.gpus} GPUs: the config needs '
-                               "model_wrapper_cfg=dict(type='DistillationDataParallel'), or a strategy that shards")
+    report.problems += filter(None, [distributions.problem()])
+    report.warnings += filter(None, [distributions.warning()])
     if 'strategy' in cfg and report.versions['deepspeed'] == 'not installed':
-        report.problems.append("strategy needs deepspeed: pip install 'cdm_plugin[scale]'")
+        report.problems.append(MISSING)
     elif is_type(cfg.get('strategy'), DistillationDeepSpeedStrategy, STRATEGIES):
         with _problems(report):
             settings = {k: v for k, v in cfg.strategy.to_dict().items() if k not in OWN_KEYS | {'type'}}
@@ -255,9 +258,6 @@ def _check_surroundings(cfg: Config, report: Report) -> None:
         elif is_type(part, WebDataset, DATASETS):
             with _problems(report):  # its files, of which it reads none
                 DATASETS.build({**part, 'pipeline': []})
-    hooks = _dicts([cfg.get('custom_hooks'), cfg.get('default_hooks')])
-    if not any(is_type(hook, CDMHook, HOOKS) for hook in hooks):
-        report.problems.append("custom_hooks needs dict(type='CDMHook')")
     backbone = cfg.get('model', {}).get('backbone') or {}
     if backbone.get('quantization') and report.versions['bitsandbytes'] == 'not installed':
         report.problems.append('model.backbone.quantization needs the package bitsandbytes, which is not installed')
@@ -294,8 +294,5 @@ def _check_space(cfg: Config, report: Report, method: DiffusionModel, wrappers: 
     if checkpoint and needed > free:
         report.warnings.append(f'{_size(needed)} of checkpoints (default_hooks.checkpoint.max_keep_ckpts='
                                f'{checkpoint.get("max_keep_ckpts", -1)}) do not fit the {_size(free)} that are free')
-    cycle = max((wrappers[phase.role]._accumulative_counts * phase.every for phase in method.phases
-                 if phase.role in wrappers and _accumulates(wrappers[phase.role])), default=1)
-    if checkpoint.get('interval', cycle) % cycle:
-        report.warnings.append(f'default_hooks.checkpoint.interval={checkpoint.interval} is no multiple of {cycle}: a '
-                               'resumed run loses the gradients accumulated until then')
+    if not checkpoint.get('by_epoch', True):
+        report.warnings += lost_gradients(method, wrappers, checkpoint.get('interval', -1))

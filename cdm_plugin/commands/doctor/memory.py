@@ -32,7 +32,7 @@ def build_optimizers(cfg: Config, method: DiffusionModel) -> dict[str, Any]:
     for role in wrapper_cfg.values():
         if isinstance(role, dict) and isinstance(role.get('optimizer'), dict):
             for kernel in ('fused', 'foreach', 'capturable'):  # none of them runs on the meta device
-                role.optimizer.pop(kernel, None)
+                role['optimizer'].pop(kernel, None)
     built = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(type=constructor, optim_wrapper_cfg=wrapper_cfg.to_dict()))(method)
     return dict(built.items())
 
@@ -171,7 +171,7 @@ def estimate_phases(cfg: Config, method: DiffusionModel, wrappers: dict[str, Any
                             max(own.backward, through.backward), max(own.casts, own.held_casts + through.casts),
                             own.held_casts + through.held_casts)
             calls[f'fake score, {batch} in the student step'] = through.waiting + through.backward
-        asked = 0
+        asked = 0.0
         for role, count in questions.items():
             size = min(count * batch, method.max_batch_per_call or count * batch)
             answer = call(role, size, False)

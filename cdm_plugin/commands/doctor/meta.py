@@ -64,7 +64,7 @@ def build_on_meta(model: dict[str, Any], report: Report) -> DiffusionModel:
     return method
 
 
-class _AdaptersOnMeta:
+class _AdaptersOnMeta(DiffusionModel):
     """Mixin of a method: PEFT would put the adapters of a network on the meta device into the CPU's memory."""
 
     def build_trained(self, role: str) -> nn.Module:
@@ -72,7 +72,7 @@ class _AdaptersOnMeta:
             return super().build_trained(role)
 
 
-class _OnMeta:
+class _OnMeta(Backbone):
     """Mixin of a backbone that loads nothing but small config files."""
     report: Report
 
@@ -171,7 +171,7 @@ def _unread(cls: type[TextConditioner], backbone: Backbone, pretrained: str | No
     return _Unbuilt(backbone, cls.expected_tokens(**arguments), [part], offload, largest)
 
 
-class _VAEOnMeta:
+class _VAEOnMeta(VAECodec):
     """Mixin of a codec: its autoencoder has shapes and no memory."""
     report: Report
     published: dict[str, Any]

@@ -1,6 +1,6 @@
 """Metrics by name or from a config, and what they make of the images on the disk."""
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def build_metrics(names: Sequence[str], entries: Sequence[Entry]) -> list[BaseMe
     """
     if not names:
         configs = (read_config(e.source, e.options).get('val_evaluator') for e in entries if not e.is_folder)
-        chosen = _as_list(next(filter(None, configs), None))
+        chosen: Iterable[dict[str, Any]] = _as_list(next(filter(None, configs), None))
         if not chosen:
             raise ValueError('--metrics is missing: names of metrics such as '
                              f'{", ".join(registered_metrics()[:4])}, or a config with `metrics` or `val_evaluator`')

@@ -253,7 +253,8 @@ class _Encoder:
         return Counter(getattr(self.conditioner, 'truncated', None) or {})
 
     def _checked(self, condition: Condition, names: list[str]) -> Fields:
-        fields = {name: self._check_field(name, tensor, names) for name, tensor in condition.fields.items()}
+        fields: dict[str, Any] = {
+            name: self._check_field(name, tensor, names) for name, tensor in condition.fields.items()}
         for name in condition.masked:  # the padding of a batch is no part of a text
             fields[name] = [row[own.bool()] for row, own in zip(fields[name], fields.pop(name + MASK))]
         return fields

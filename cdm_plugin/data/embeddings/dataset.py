@@ -141,9 +141,9 @@ class EmbeddingDataset(BaseDataset):
         for name in sorted({*header.fields, *self._first.fields}):
             here, first = (h.fields.get(name) for h in (header, self._first))
             if not _alike(here, first):
-                here, first = _describe(here), _describe(first)
-                raise ValueError(f'`data_root`: {name} is {here} in {path}, but {first} in {self._shards[0]}; write '
-                                 'all with one text encoder and one length, or keep them in separate folders')
+                raise ValueError(f'`data_root`: {name} is {_describe(here)} in {path}, but {_describe(first)} in '
+                                 f'{self._shards[0]}; write all with one text encoder and one length, or keep them in '
+                                 'separate folders')
         if (header.prompts is None) != (self._first.prompts is None):
             with_prompts, without = (path, self._shards[0]) if header.prompts is not None else (self._shards[0], path)
             raise ValueError(f'`data_root`: {with_prompts} holds prompts, but {without} does not; write all of them '

@@ -84,7 +84,7 @@ def write_embeddings(path: str, fields: Fields, prompts: list[str] | None = None
 
 def _checksum(row: Tensor) -> int:
     """CRC-32 of a row's bytes."""
-    return zlib.crc32(row.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(row.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _end_to_end(fields: Fields) -> dict[str, Tensor]:
@@ -203,12 +203,12 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
     absent = [key for key in INDEX_KEYS if not isinstance(index, dict) or key not in index]
     if absent:
         raise ValueError(f'{path} is damaged (it has no {absent[0]}): delete the folder and run `cdm cache` again')
-    for key, kind in (('prompts', dict), ('shards', list[dict]), ('fields', dict), ('dtype', str)):
-        check_value(index[key], kind, f'{path}: {key}')
+    for key, of_key in dict(prompts=dict, shards=list[dict], fields=dict, dtype=str).items():
+        check_value(index[key], of_key, f'{path}: {key}')
     parts = [('prompts', index['prompts'], OF_PROMPTS)]
     parts += [(f'shards[{i}]', shard, OF_SHARD) for i, shard in enumerate(index['shards'])]
-    for place, part, kinds in parts:
-        for key, kind in kinds.items():
+    for place, part, of_part in parts:
+        for key, kind in of_part.items():
             check_value(part.get(key), kind, f'{path}: {place}.{key}')
     check_shards(path, index['shards'])
     return index
