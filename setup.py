@@ -14,8 +14,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'cdm_plugin/version.py').read_text()).group(1)
 
-# Which distribution gives the import `mmengine`. Pip would install stock MMEngine over a fork, whose files have the same
-# names: CDM_MMENGINE=onedl-mmengine requires the fork in its place, CDM_MMENGINE= none.
+# Which distribution gives the import `mmengine`. Pip would write stock MMEngine's files over those of a fork, which
+# have the same names: CDM_MMENGINE=onedl-mmengine requires the fork in its place, CDM_MMENGINE= none.
 MMENGINE = os.environ.get('CDM_MMENGINE', 'mmengine>=0.10.7')
 CORE = [
     'torch>=2.6', *filter(None, [MMENGINE]), 'diffusers>=0.42', 'transformers>=4.57', 'peft>=0.17', 'accelerate>=1.0',

@@ -29,7 +29,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ['a red fox', 'dogs and birds']
 GIB = 2**30
-SMALL = 512
+SMALL, EMBEDDINGS = 512, 'embeddings'
+# Of the sample grid before the first iteration, which would take most of a CPU's time.
+FEW_IMAGES = {'custom_hooks.1.num_images': 1, 'custom_hooks.1.teacher_steps': 2}
 # Of SD3's autoencoder, for those whose published size does not say them.
 SCALES = dict(scaling_factor=1.5305, shift_factor=0.0609)
 
@@ -44,17 +46,33 @@ class Model:
         encoders (Callable): (tiny_pipelines, folder of the small pipeline) -> text encoders of the published width, by
             the pipeline's name of each.
         keys (dict): Config keys for small images: shorter texts, for example.
+        cached (dict): At small images, shapes of cached embeddings by field: they stand for texts that are always long.
+            Sampling still encodes, and so takes one step. Default: none.
     """
     recipe: str
     tiny: str
     encoders: Callable[[Any, Path], dict[str, Any]]
     keys: dict[str, Any] = field(default_factory=dict)
+    cached: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def small(self, folder: Path) -> dict[str, Any]:
+        """Config keys for small images, of the pipeline in a folder."""
+        conditioner = 'model.backbone.conditioner'
+        cached = {f'{conditioner}._delete_': True, f'{conditioner}.type': 'EmbeddingConditioner',
+                  f'{conditioner}.folder': folder / EMBEDDINGS} if self.cached else {}
+        return {**FEW_IMAGES, **self.keys, **cached}
 
 
 def _sd3_encoders(tiny: Any, folder: Path) -> dict[str, Any]:
     words = len(_tokenizer(folder))
     return dict(text_encoder=tiny.clip_encoder(words, 768), text_encoder_2=tiny.clip_encoder(words, 1280),
                 text_encoder_3=tiny.t5_encoder(4096))
+
+
+def _klein_encoder(tiny: Any, folder: Path) -> dict[str, Any]:
+    from transformers import Qwen3ForCausalLM
+    # Its condition is three of 27 layers' states, so all of them are there.
+    return dict(text_encoder=tiny.qwen3_encoder(_tokenizer(folder), 2560, 28, Qwen3ForCausalLM))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -67,8 +85,11 @@ MODELS = {
                         {'model.backbone.conditioner.max_sequence_length': 16}),
     'z-image': Model('z-image/cdm_lora_z-image_1xb4_4step_2k.py', 'save_tiny_z_image',
                      lambda tiny, folder: dict(text_encoder=tiny.qwen3_encoder(_tokenizer(folder), 2560))),
+    'flux2-klein-4b': Model('flux2/cdm_lora_flux2-klein-4b_1xb4_4step_2k.py', 'save_tiny_klein', _klein_encoder,
+                            {'model.backbone.conditioner.max_sequence_length': 64}),
     'longcat-image': Model('longcat/cdm_lora_longcat-image_1xb4_4step_2k.py', 'save_tiny_longcat',
-                           lambda tiny, folder: dict(text_encoder=tiny.qwen_encoder(_tokenizer(folder), 3584))),
+                           lambda tiny, folder: dict(text_encoder=tiny.qwen_encoder(_tokenizer(folder), 3584)),
+                           cached=dict(encoder_hidden_states=(16, 3584))),
 }
 
 
@@ -91,14 +112,18 @@ def _write(model: Model, backbone: Any, settings: dict[str, Any], folder: Path) 
     import tiny_pipelines
     import torch
     from accelerate import init_empty_weights
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from mmengine.registry import MODELS as CLASSES
+
+    from cdm_plugin.data import write_embeddings
     getattr(tiny_pipelines, model.tiny)(folder)
     FlowMatchEulerDiscreteScheduler.from_config(backbone.published_scheduler).save_pretrained(folder / 'scheduler')
     for name, part in model.encoders(tiny_pipelines, folder).items():
         shutil.rmtree(folder / name)
         part.to(torch.bfloat16).save_pretrained(folder / name)
-    for name, cls, config in (('vae', CLASSES.get(backbone.codec_type).vae_class, {**SCALES, **backbone.published_vae}),
+    vae = CLASSES.get(backbone.codec_type).vae_class
+    scales = SCALES if vae is AutoencoderKL else {}
+    for name, cls, config in (('vae', vae, {**scales, **backbone.published_vae}),
                               ('transformer', backbone.network_class, settings['config'])):
         with init_empty_weights(include_buffers=False):
             part = cls.from_config(dict(config))
@@ -108,6 +133,9 @@ def _write(model: Model, backbone: Any, settings: dict[str, Any], folder: Path) 
                 setattr(module, key, torch.nn.Parameter(weight, requires_grad=False))
         shutil.rmtree(folder / name)
         part.save_pretrained(folder / name)
+    for name, prompts in (('00000', PROMPTS), ('null', [''])) if model.cached else ():
+        rows = {key: torch.randn(len(prompts), *shape).bfloat16() for key, shape in model.cached.items()}
+        write_embeddings(str(folder / EMBEDDINGS / f'{name}.safetensors'), rows, prompts)
 
 
 def child(arguments: list[str], log: Path, cwd: Path) -> dict[str, float]:
@@ -143,7 +171,7 @@ def rehearse(name: str, folder: Path, work: Path, pixels: int, iterations: int,
         'train_dataloader.persistent_workers': False, 'train_dataloader.dataset.ann_file': work / 'prompts.txt',
         'optim_wrapper.student.accumulative_counts': 1, 'optim_wrapper.fake.accumulative_counts': 1,
         'default_hooks.logger.interval': 1, 'default_hooks.checkpoint.interval': 2, 'custom_hooks.1.interval': 10**6,
-        **(model.keys if pixels < SMALL else {})}
+        **(model.small(folder) if pixels < SMALL else {})}
     options = ['--cfg-options', *(f'{key}={value}' for key, value in keys.items())]
     run, lora = work / 'run', work / 'lora'
 
@@ -165,7 +193,8 @@ def rehearse(name: str, folder: Path, work: Path, pixels: int, iterations: int,
     step('resume', [*cdm, 'train', model.recipe, '--work-dir', str(run), '--resume', *options,
                     f'train_cfg.max_iters={iterations + 2}'])
     checkpoint = ['--checkpoint', str(run)]
-    step('sample', [*cdm, 'sample', model.recipe, *checkpoint, '--prompts', PROMPTS[0], '--num', '1', '--out',
+    steps = ['--steps', '1'] if model.cached and pixels < SMALL else []
+    step('sample', [*cdm, 'sample', model.recipe, *checkpoint, '--prompts', PROMPTS[0], '--num', '1', *steps, '--out',
                     str(work / 'samples'), *options])
     step('export', [*cdm, 'export', model.recipe, *checkpoint, '--out', str(lora), *options], lora)
     code = re.search(r'```python\n(.*?)```', (lora / 'README.md').read_text(), re.DOTALL).group(1)

@@ -3,6 +3,7 @@
     python benchmarks/step.py                        # a small SD3 on one CPU thread, under 2 minutes
     python benchmarks/step.py --config sd3-medium    # full size, random weights, bfloat16; needs a GPU
     python benchmarks/step.py --sweep                # what single config keys do to the optimised loop
+    python benchmarks/step.py --recipes              # the literal loop beside the consistent and the cheap recipes
 
 A cycle is two iterations: two fake-score steps and one student step (CDM, the published recipe). The literal loop is
 the authors': every sample goes through the whole time grid, every loss calls the student itself, every question to the
@@ -56,6 +57,21 @@ CONFIGS = {
 }
 
 
+CONSISTENT = dict(anchor_aware_fake=True, losses=dict(
+    ca=dict(sigma=dict(type='UniformSigma')), cdm=dict(guided=True, point_sigma=dict(type='AnchorSigma'))))
+ONE_ROLLOUT = dict(fake_steps=2, student_every=1)
+FIXED_GRID = dict(time_grid=dict(type='FixedTimeGrid'))
+# Changes of CDM's published recipe; each has two fake-score steps a student step.
+RECIPES = {
+    'CDM, published': {},
+    'CDM, published, one rollout': ONE_ROLLOUT,
+    'CDM, consistent': CONSISTENT,
+    'CDM, consistent, one rollout': {**CONSISTENT, **ONE_ROLLOUT},
+    'CDM, consistent, fixed grid, one rollout (the demo)': {**CONSISTENT, **ONE_ROLLOUT, **FIXED_GRID},
+    'DMD2, aware, one rollout': dict(type='DMD2', anchor_aware_fake=True, **ONE_ROLLOUT),
+}
+
+
 def load_literal() -> Any:
     """The module tests/literal.py of this checkout."""
     path = Path(__file__).resolve().parents[1] / 'tests' / 'literal.py'
@@ -84,16 +100,16 @@ def random_fields(network: dict[str, Any], tokens: int, batch: int, generator: t
 
 
 def build(network: dict[str, Any], tokens: int, batch: int, *, seed: int, dtype: str, checkpointing: bool,
-          device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """CDM on random weights, different in every role, and a batch of embeddings on the device."""
+          device: str, **recipe: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A method (CDM, as published but for `recipe`) on random weights, different in every role, and a batch of
+    embeddings on the device."""
     generator = torch.Generator().manual_seed(seed)
     null = random_fields(network, tokens, 1, generator)
     fields = {name: t.to(device) for name, t in random_fields(network, tokens, batch, generator).items()}
     torch.manual_seed(seed)
-    method = MODELS.build(dict(
-        type='CDM', activation_checkpointing=checkpointing, backbone=dict(
-            type='SD3Backbone', config=dict(network), scheduler=dict(shift=3.0), conditioner=NullEmbedding(null),
-            codec=dict(type='PixelCodec', scale=1))))
+    backbone = dict(type='SD3Backbone', config=dict(network), scheduler=dict(shift=3.0),
+                    conditioner=NullEmbedding(null), codec=dict(type='PixelCodec', scale=1))
+    method = MODELS.build({**dict(type='CDM', backbone=backbone, activation_checkpointing=checkpointing), **recipe})
     method = method.to(device, torch.float64 if dtype == 'float64' else torch.float32).train()
     with torch.no_grad():  # fresh networks have zero biases, and three equal ones make zero losses
         for role in ROLES:
@@ -249,7 +265,8 @@ def timed_cycle(loop: Any, cycle: int) -> dict[str, Any]:
         resident = torch.cuda.memory_allocated(device)
     with counted(loop.networks, calls, samples):
         start, processor_start = time.perf_counter(), time.process_time()
-        for iteration in (2 * cycle, 2 * cycle + 1):
+        every = loop.method.student_every
+        for iteration in range(every * cycle, every * (cycle + 1)):
             loop.iterate(iteration)
         synchronise(device)
         seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
@@ -324,6 +341,50 @@ def compare(network: dict[str, Any], tokens: int, batch: int, cycles: int, *, se
         weights=None if shared else dict(
             difference=largest_difference(loops['literal'].networks, loops['optimised'].networks),
             moved=largest_difference(start, loops['optimised'].networks)))
+
+
+def compare_recipes(network: dict[str, Any], tokens: int, batch: int, cycles: int, *, seed: int = 0,
+                    dtype: str = 'float32', checkpointing: bool = False, device: str = 'cpu',
+                    warmup: int = 1) -> list[dict[str, Any]]:
+    """A student step and its two fake-score steps by the literal loop and by each of `RECIPES`, alternately, each on
+    weights of its own that start as the same.
+
+    Args:
+        network, tokens, batch, cycles, seed, dtype, checkpointing, device, warmup: See `compare`.
+
+    Returns:
+        list[dict]: One a recipe, the literal loop first: `recipe`, `forward_equivalents` and `calls` of a student step,
+        `processor_seconds` (median) and `share` (its CPU time / the literal loop's, spread over the cycles).
+    """
+    arguments = dict(seed=seed, dtype=dtype, checkpointing=checkpointing, device=device)
+    loops: dict[str, Any] = {}
+    for name, recipe in RECIPES.items():
+        method, fields = build(network, tokens, batch, **arguments, **recipe)
+        optimizers = optimizers_of(method, dtype == 'bfloat16')
+        if not loops:
+            loops['the literal loop'] = LiteralLoop(method, fields, optimizers, dtype == 'bfloat16', shared=False)
+        loops[name] = OptimisedLoop(method, fields, optimizers)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in loops}
+    for cycle in range(warmup + cycles):
+        for name, loop in loops.items():
+            row = timed_cycle(loop, cycle)
+            if cycle >= warmup:
+                rows[name].append(row)
+    literal = [row['processor_seconds'] for row in rows['the literal loop']]
+    return [dict(
+        recipe=name, forward_equivalents=work(total(rs, 'samples'), checkpointing) / (batch * cycles),
+        calls=sum(total(rs, 'calls').values()) / cycles,
+        processor_seconds=statistics.median(row['processor_seconds'] for row in rs),
+        share=spread([row['processor_seconds'] / own for row, own in zip(rs, literal)])) for name, rs in rows.items()]
+
+
+def report_recipes(table: list[dict[str, Any]]) -> None:
+    """Prints the table of `compare_recipes`."""
+    print(f'{"of a student step":<53}{"forwards":>9}{"calls":>7}{"CPU s":>8}{"CPU / the literal loop":>26}')
+    for row in table:
+        share = '{median:.3f} ({low:.3f} to {high:.3f})'.format(**row['share'])
+        print(f'{row["recipe"]:<53}{row["forward_equivalents"]:>9.1f}{row["calls"]:>7.1f}'
+              f'{row["processor_seconds"]:>8.2f}{share:>26}')
 
 
 def named(counts: Counter) -> dict[str, int]:
@@ -470,6 +531,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', choices=CONFIGS, default='tiny')
     parser.add_argument('--sweep', action='store_true', help='single config keys against the default')
+    parser.add_argument('--recipes', action='store_true', help='the literal loop beside other recipes')
     parser.add_argument('--settings', choices=SETTINGS, nargs='+', default=SETTINGS, help='what to sweep')
     parser.add_argument('--batch', type=int)
     parser.add_argument('--cycles', type=int, help='measured cycles; one more warms up')
@@ -493,7 +555,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         machine=torch.cuda.get_device_name() if on_gpu else f'{args.threads} CPU thread(s)', torch=torch.__version__,
         diffusers=diffusers.__version__)
     print(', '.join(f'{k} {v}' for k, v in setup.items()), flush=True)
-    if args.sweep:
+    if args.recipes and options.pop('shared', False):
+        parser.error(f'--recipes keeps weights for each recipe, too many of the size of --config {args.config}')
+    if args.recipes:
+        table = compare_recipes(**options)
+        report_recipes(table)
+        result = dict(setup, recipes=table)
+    elif args.sweep:
         options.pop('shared', None)  # both sides of a sweep train the same weights
         table = sweep(**options, settings=args.settings)
         report_sweep(table)

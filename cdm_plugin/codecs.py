@@ -1,4 +1,6 @@
 """Codecs: between images in [-1, 1] and the latents that the networks see."""
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.utils.checkpoint import checkpoint
 
 from cdm_plugin.arguments import Count
-from cdm_plugin.pretrained import absolute_folder, check_dtype, check_load_keys, check_weight_indexes, origin
+from cdm_plugin.pretrained import HUB_KEYS, absolute_folder, check_dtype, check_load_keys, check_weight_indexes, origin
 
 
 def crop_latents(latents: Tensor, place: Tensor, side: int) -> Tensor:
@@ -96,26 +98,63 @@ class VAECodec(Codec):
         pretrained (str): Hub id or folder of a pipeline.
         subfolder (str): Where the autoencoder lies in it. Default 'vae'.
         dtype (str): Weights' dtype. Default 'float32'.
+        lazy (bool): Whether the weights are read when something is first encoded or decoded; a training on cached
+            latents then has none, until a picture is drawn. Default False.
         **load_kwargs: Passed to `from_pretrained` (`revision`, `variant`, ...).
+
+    Attributes:
+        vae (nn.Module): The autoencoder; asking for it reads it.
     """
     vae_class: type[Any] = AutoencoderKL
 
-    def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', **load_kwargs: Any) -> None:
+    def __init__(self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', lazy: bool = False,
+                 **load_kwargs: Any) -> None:
         super().__init__()
         check_load_keys(load_kwargs, 'model.backbone.codec', type(self))
         check_weight_indexes(pretrained)
-        self.vae = self.load_vae(pretrained, subfolder, check_dtype(dtype, 'model.backbone.codec.dtype'),
-                                 **load_kwargs)
+        self.register_buffer('_here', torch.empty(0), persistent=False)
+        # What the weights are read by; None when they are there.
+        self._unread: Any = (pretrained, subfolder, check_dtype(dtype, 'model.backbone.codec.dtype'), load_kwargs)
+        self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), subfolder=subfolder,
+                            dtype=dtype, **origin(load_kwargs))
+        if lazy:
+            defaults = {name: p.default for name, p in inspect.signature(self.vae_class.__init__).parameters.items()}
+            self.scale = self.scale_of(SimpleNamespace(**{**defaults, **self.vae_config(
+                pretrained, subfolder, **{k: v for k, v in load_kwargs.items() if k in HUB_KEYS})}))
+        else:
+            self._read()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ('vae', 'shift', 'factor') and vars(self).get('_unread') is not None:
+            self._read()
+            self.to(self._here.device)
+            return getattr(self, name)
+        return super().__getattr__(name)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._unread is None
+
+    def _read(self) -> None:
+        (pretrained, subfolder, dtype, load_kwargs), self._unread = self._unread, None
+        self.vae = self.load_vae(pretrained, subfolder, dtype, **load_kwargs)
         self.vae.requires_grad_(False).eval()
         self.vae.enable_slicing()  # one image at a time: a batch at full size takes tens of gigabytes
         self.read_config(self.vae.config)
-        self._config = dict(type=type(self).__name__, pretrained=absolute_folder(pretrained), subfolder=subfolder,
-                            dtype=dtype, **origin(load_kwargs))
+
+    def scale_of(self, config: Any) -> int:
+        """Pixels of a latent's side, as the autoencoder's config says."""
+        return 2**(len(config.block_out_channels) - 1)
 
     def read_config(self, config: Any) -> None:
         """Sets `scale`, and `shift` and `factor`, numbers or (C, 1, 1): latents are (mode - shift) factor."""
-        self.scale = 2**(len(config.block_out_channels) - 1)
+        self.scale = self.scale_of(config)
         self.shift, self.factor = config.shift_factor or 0.0, config.scaling_factor
+
+    def vae_config(self, pretrained: str, subfolder: str, **load_kwargs: Any) -> dict[str, Any]:
+        """The autoencoder's config."""
+        return self.vae_class.load_config(pretrained, subfolder=subfolder, **load_kwargs)
 
     def load_vae(self, pretrained: str, subfolder: str, dtype: torch.dtype, **load_kwargs: Any) -> nn.Module:
         """The autoencoder with its weights."""

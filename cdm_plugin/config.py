@@ -107,8 +107,8 @@ def find_config(path: str) -> str:
         if (RECIPES / candidate).is_file():
             return str(RECIPES / candidate)
     shipped = sorted(p.relative_to(RECIPES).as_posix() for p in RECIPES.glob('[!_]*/*.py'))
-    raise FileNotFoundError(f'config {path!r} is no file and no shipped recipe{did_you_mean(name, shipped)} '
-                            '`cdm configs` lists the recipes')
+    raise FileNotFoundError(f'config {path!r} is no file and no shipped recipe (`cdm configs` lists them)'
+                            f'{did_you_mean(name, shipped)}')
 
 
 def load_config(path: str, options: dict[str, Any] | None = None, keys: Collection[str] = RUNNER_KEYS) -> Config:

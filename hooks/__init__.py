@@ -1,4 +1,5 @@
 from cdm_plugin.hooks.anchor_histogram_hook import AnchorHistogramHook
+from cdm_plugin.hooks.bad_records_hook import BadRecordsHook
 from cdm_plugin.hooks.cdm_hook import CDMHook
 from cdm_plugin.hooks.collapse_watch_hook import CollapseWatchHook
 from cdm_plugin.hooks.config_check_hook import ConfigCheckHook
@@ -18,7 +19,7 @@ from cdm_plugin.hooks.student_ema_hook import StudentEMAHook
 from cdm_plugin.hooks.validation_grid_hook import ValidationGridHook
 from cdm_plugin.hooks.validation_hook import ValidationHook
 
-__all__ = ['AnchorHistogramHook', 'CDMHook', 'CollapseWatchHook', 'ConfigCheckHook', 'DataCheckHook', 'IterationHook',
-           'LoadCheckHook', 'NonFiniteHook', 'PipelineExportHook', 'PlainCheckpointHook', 'PrecisionHook',
-           'SampleGridHook', 'ScalarsHook', 'SignalHook', 'StreamHook', 'StudentEMAHook', 'ValidationGridHook',
-           'ValidationHook', 'method_of']
+__all__ = ['AnchorHistogramHook', 'BadRecordsHook', 'CDMHook', 'CollapseWatchHook', 'ConfigCheckHook', 'DataCheckHook',
+           'IterationHook', 'LoadCheckHook', 'NonFiniteHook', 'PipelineExportHook', 'PlainCheckpointHook',
+           'PrecisionHook', 'SampleGridHook', 'ScalarsHook', 'SignalHook', 'StreamHook', 'StudentEMAHook',
+           'ValidationGridHook', 'ValidationHook', 'method_of']

@@ -5,6 +5,7 @@ from mmengine.registry import HOOKS
 
 from cdm_plugin.arguments import Count, Decay
 from cdm_plugin.hooks.anchor_histogram_hook import AnchorHistogramHook
+from cdm_plugin.hooks.bad_records_hook import BadRecordsHook
 from cdm_plugin.hooks.collapse_watch_hook import CollapseWatchHook
 from cdm_plugin.hooks.config_check_hook import ConfigCheckHook
 from cdm_plugin.hooks.data_check_hook import DataCheckHook
@@ -47,6 +48,7 @@ class CDMHook(HookGroup):
             ValidationHook(),
             DataCheckHook(),
             StreamHook(),
+            BadRecordsHook(),
             ScalarsHook(),
             AnchorHistogramHook(histogram_interval),
             NonFiniteHook(max_skipped),

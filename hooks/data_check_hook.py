@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from torch.utils.data import IterableDataset
 
 from cdm_plugin.condition import Condition
-from cdm_plugin.data import Stream, check_cache, check_channel_order, check_pictures
+from cdm_plugin.data import Stream, check_cache, check_channel_order, check_latents, check_pictures
 from cdm_plugin.draws import randomness_kept
 from cdm_plugin.hooks.method import method_of
 
@@ -48,6 +48,7 @@ class DataCheckHook(Hook):
                 raise ValueError('train_dataloader.dataset is empty: check its ann_file, data_file or filters')
             check_batches(runner.train_dataloader)
         check_cache(dataset, method.backbone)
+        check_latents(dataset, method.backbone, method.latent_sizes)
         check_channel_order(dataset)
         with randomness_kept():  # so that the data come as without a look
             samples = list(islice(dataset.once(), LOOKED_AT)) if isinstance(dataset, Stream) else [

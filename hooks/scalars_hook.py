@@ -16,7 +16,8 @@ class ScalarsHook(Hook):
 
     Every hook sees them as `outputs` of `after_train_iter`, tensors that may lie on the device; whoever reads one
     there waits for it. In MMEngine's history, and so in the log, they stand when a LoggerHook or a CheckpointHook
-    reads it, in a run of several processes as means over the ranks.
+    reads it, in a run of several processes as means over the ranks that have them: those of a source of a mix as means
+    over its samples on all ranks, and how many these are, `count/<source>`, as their sum.
 
     It does in its own time what RuntimeInfoHook does in every iteration, so that one leaves it to this hook while it
     trains. Without a LoggerHook, or with a subclass that has an `after_train_iter` of its own, MMEngine's way stays.
@@ -77,10 +78,18 @@ class ScalarsHook(Hook):
         self._waiting.clear()
         # As objects: a plug-in may log on one rank only.
         everyones = all_gather_object(own) if get_world_size() > 1 else [own]
-        for i, logs in enumerate(own):
-            for key in logs:
-                values = [theirs[i][key] for theirs in everyones if key in theirs[i]]
-                runner.message_hub.update_scalar(f'train/{key}', sum(values) / len(values))
+        for logs in zip(*everyones):
+            for key in dict.fromkeys(key for theirs in logs for key in theirs):
+                runner.message_hub.update_scalar(f'train/{key}', _over_ranks(key, [t for t in logs if key in t]))
+
+
+def _over_ranks(key: str, logs: list[dict[str, float]]) -> float:
+    """A scalar of the ranks that have it."""
+    name, _, source = key.partition('/')
+    if name == 'count':
+        return sum(theirs[key] for theirs in logs)
+    weights = [theirs.get(f'count/{source}', 1.0) for theirs in logs]
+    return sum(weight * theirs[key] for weight, theirs in zip(weights, logs)) / sum(weights)
 
 
 def _leave_aside(*args: Any, **kwargs: Any) -> None:

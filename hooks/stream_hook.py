@@ -1,5 +1,5 @@
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class StreamHook(Hook):
                            for rank, of_rank in saved['positions'].items()}
         self._last = {int(rank): worker for rank, worker in saved['last'].items()}
         own = {worker: Position(*position) for worker, position in self._positions[get_rank()].items()}
-        loader.dataset.go_on(own, (self._last[get_rank()] + 1) % max(1, loader.num_workers))
+        cast(Any, loader.dataset).go_on(own, (self._last[get_rank()] + 1) % max(1, loader.num_workers))
         # The workers that run have the stream at its beginning.
         loader._iterator = None  # of persistent ones
         loop.dataloader_iterator = None
@@ -114,7 +114,7 @@ SAYS = dict(source='train_dataloader.dataset', ranks='the number of processes', 
 
 def _shape(loader: Any) -> dict[str, Any]:
     """What positions depend on."""
-    stream = loader.dataset
+    stream = cast(Any, loader.dataset)
     return dict(source=stream.fingerprint, ranks=get_world_size(), workers=max(1, loader.num_workers),
                 shuffle=stream.shuffle, share=stream.share, seed=stream.seed)
 

@@ -6,13 +6,25 @@ import os
 import pytest
 import recipes
 import torch
+from mmengine.config import config as mmengine_config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
+from plugin_support import make_site, site  # noqa: F401  fixtures
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    # A run of MMEngine formats its config half a dozen times, which takes as long as a few iterations do.
+    formatted, stock = {}, mmengine_config.FormatCode
+
+    def format_once(text, **options):
+        key = (text, *map(str, options.values()))
+        if key not in formatted:
+            formatted[key] = stock(text, **options)
+        return formatted[key]
+
+    mmengine_config.FormatCode = format_once
 
 
 def pytest_collection_modifyitems(items):

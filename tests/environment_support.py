@@ -72,7 +72,7 @@ class Environment:
 
 
 def check(*command: object, **options) -> subprocess.CompletedProcess:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == 0, f'{command} failed:\n{done.stdout}\n{done.stderr}'
     return done
 

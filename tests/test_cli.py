@@ -204,10 +204,11 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(monkeypatch):
         main(['plugins'])
 
 
-def test_an_installation_that_is_not_whole_is_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'cdm_plugin.errors', None)
-    assert main(['plugins']) == 2
-    assert capsys.readouterr().err.startswith('cdm plugins: ')
+def test_an_installation_that_is_not_whole_is_one_line():
+    code = "import sys; sys.modules['mmengine'] = None; import cdm_command; sys.exit(cdm_command.main(['plugins']))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("cdm plugins: No module named 'mmengine")
 
 
 def test_the_status_of_a_command_is_that_of_the_process(monkeypatch):

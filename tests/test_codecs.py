@@ -121,3 +121,17 @@ def test_autoencoder_in_bfloat16_returns_float32(folder, vae):
     latents = codec.encode(images)
     assert latents.dtype == codec.decode(latents).dtype == torch.float32
     assert (latents - VAECodec(str(folder)).encode(images)).abs().max() < 0.1
+
+
+def test_a_lazy_autoencoder_reads_its_weights_when_they_are_needed(folder):
+    whole, images = VAECodec(str(folder)), images_of(2, 3, 16, 12)
+    for call in (lambda codec: codec.encode(images), lambda codec: codec.decode(whole.encode(images)),
+                 lambda codec: next(codec.vae.parameters())):
+        codec = VAECodec(str(folder), lazy=True)
+        assert not codec.loaded and not list(codec.parameters()) and not codec.state_dict()
+        assert codec.scale == whole.scale == 2 and codec.latent_size(16, 12) == (8, 6)
+        assert codec.to_config() == whole.to_config()
+        assert torch.equal(call(codec), call(whole)) and codec.loaded
+        assert not any(p.requires_grad for p in codec.parameters()) and not codec.vae.training
+    with pytest.raises(AttributeError, match='nothing'):
+        VAECodec(str(folder), lazy=True).nothing

@@ -22,7 +22,7 @@ SHIPPED = sorted(str(p.relative_to(RECIPES)) for p in RECIPES.glob('digits/*.py'
 
 def test_the_digits_recipes_are_shipped():
     starts = [name.split('/')[1].split('_')[0] for name in SHIPPED]
-    assert sorted(starts) == ['cdm', 'cdm-fixed-grid', 'decoupled-dmd', 'dmd2', 'dmd2-gan', 'teacher']
+    assert sorted(starts) == ['cdm', 'cdm-fixed-grid', 'decoupled-dmd', 'dmd2', 'dmd2-gan', 'tdm', 'teacher']
 
 
 @pytest.mark.parametrize('recipe', SHIPPED)
@@ -338,6 +338,7 @@ def test_missing_parts_of_a_run_are_named(tmp_path, capsys):
     assert 'CDMHook' in run('hook', lambda cfg: cfg.custom_hooks.pop(0))
 
 
-def test_unknown_config_lists_what_there_is(capsys):
-    assert main(['train', 'digits/nothing.py']) == 2
-    assert TEACHER in capsys.readouterr().err
+def test_an_unknown_config_says_where_they_are_listed_and_what_was_meant(capsys):
+    assert main(['train', TEACHER.replace('teacher', 'teachr')]) == 2
+    assert f"is no file and no shipped recipe (`cdm configs` lists them); did you mean '{TEACHER}'?" in (
+        capsys.readouterr().err)

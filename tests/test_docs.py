@@ -12,6 +12,7 @@ import pytest
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, TASK_UTILS
+from recipes import SD3_LORA
 
 from cdm_plugin import cli
 from cdm_plugin.backbones import Backbone
@@ -82,12 +83,14 @@ def test_python_compiles_and_configs_are_right(block, tmp_path):
     block = block.replace("'AcmeDataset'", "'PromptDataset'")
     if re.search(r'^(import|from|class|def|with) ', block, re.MULTILINE):
         return  # no config; end_to_end/test_readme.py runs what can run here
+    bases = [None]
     if '_base_' not in block and 'train_cfg' not in block.split('val_')[0]:  # a part of one: it changes the README's
         whole = next(text for text, in (param.values for param in blocks('python')) if 'work_dirs/cdm_sd3' in text)
         (tmp_path / 'whole.py').write_text(whole)
-        block = f"_base_ = 'whole.py'\n{block}"
-    (tmp_path / 'config.py').write_text(block)
-    check_config(Config.fromfile(tmp_path / 'config.py', import_custom_modules=False))
+        bases = ['whole.py', str(RECIPES / SD3_LORA)]  # or a recipe that has more in it
+    for base in bases:
+        (tmp_path / 'config.py').write_text(block if base is None else f'_base_ = {base!r}\n{block}')
+        check_config(Config.fromfile(tmp_path / 'config.py', import_custom_modules=False))
 
 
 def commands(block):

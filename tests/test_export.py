@@ -182,6 +182,43 @@ def test_the_exported_pipeline_makes_the_trained_images_without_source_and_packa
     assert (moved / 'image.png').is_file()
 
 
+@pytest.mark.parametrize('lora', [None, LORA], ids=['full', 'lora'])
+def test_a_student_that_noises_anew_is_sampled_so_by_diffusers_and_here(lora, train, tmp_path, monkeypatch):
+    trained = train('sd3', rollout='renoise', lora=lora)
+    expected, ode = trained.images(), trained.images(role='teacher')
+    out = export(trained.method, tmp_path / 'out', config=trained.config)
+    assert json.loads((out / 'scheduler/scheduler_config.json').read_text())['stochastic_sampling'] is True
+    card = (out / 'README.md').read_text()
+    assert '| from step to step | x0 noised anew |' in card and 'torch.manual_seed' in card
+    loaded = load_method(str(out), device='cpu')
+    assert loaded.rollout == 'renoise' and torch.equal(sample_prompts(loaded, PROMPTS, trained.noise), expected)
+    euler = sample_prompts(loaded, PROMPTS, trained.noise, rollout='ode')
+    assert (euler - expected).abs().max() > 1e-3 and torch.equal(ode, trained.images(role='teacher'))
+    again = recipe(export(loaded, tmp_path / 'again'))
+    assert again == recipe(out) and again['from step to step'] == 'x0 noised anew'
+    if lora is None:  # the noise of each of diffusers' steps is ours; that of the last has the factor 0
+        drawn, randn = [], torch.randn
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, 'randn', lambda *args, **kwargs: drawn.append(randn(*args, **kwargs)) or drawn[-1])
+            trained.images()
+        steps = [torch.stack(drawn[i:i + 2]) for i in range(0, 6, 2)] + [torch.zeros_like(trained.noise)]
+        monkeypatch.setattr('diffusers.schedulers.scheduling_flow_match_euler_discrete.randn_tensor',
+                            lambda *args, **kwargs: steps.pop(0))
+        close(trained.draw(trained.open(out)), expected)
+        assert not steps
+
+
+@pytest.mark.parametrize('kind', [diffusers.FlowMatchLCMScheduler, diffusers.FlowMatchEulerDiscreteScheduler])
+def test_a_foreign_pipeline_of_a_stochastic_scheduler_is_sampled_so(kind, train):
+    trained = train('sd3')
+    settings = {} if kind is diffusers.FlowMatchLCMScheduler else dict(stochastic_sampling=True)
+    kind(shift=3.0, **settings).save_pretrained(trained.folder / 'scheduler')
+    index = json.loads((trained.folder / 'model_index.json').read_text())
+    (trained.folder / 'model_index.json').write_text(json.dumps(dict(index, scheduler=['diffusers', kind.__name__])))
+    method = load_method(str(trained.folder), device='cpu')
+    assert method.rollout == 'renoise' and method.backbone.shift((8, 8)) == 3
+
+
 def test_t5_can_be_left_out_of_a_pipeline_that_has_it(train, tmp_path, monkeypatch):
     trained = train('sd3', backbone=dict(conditioner=dict(t5=False, max_sequence_length=77)))
     out = export(trained.method, tmp_path / 'out')

@@ -2,6 +2,9 @@
 
 Everything is installed offline into fresh environments that see this interpreter's libraries, but not its cdm_plugin.
 """
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,43 +14,16 @@ from environment_support import Environment, clean_copy, in_parallel, pip
 
 pytestmark = pytest.mark.slow  # tests/test_plugins.py has the same of distributions that are only written down
 
-ACME = '''
+SHAPES = '''
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from mmengine.registry import MODELS, TASK_UTILS
-from torch import nn
 
-from cdm_plugin.backbones import Backbone
 from cdm_plugin.losses import ScoreLoss
 from cdm_plugin.plugins import hookimpl
 
 
-class AcmeNetwork(ModelMixin, ConfigMixin):
-
-    @register_to_config
-    def __init__(self, in_channels: int = 4, sample_size: int = 2, num_conditions: int = 3) -> None:
-        super().__init__()
-        self.mix = nn.Conv2d(in_channels, in_channels, 1)
-        self.embed = nn.Linear(num_conditions, in_channels)
-
-    def forward(self, x, sigma, pooled):
-        return self.mix(x) + (sigma.to(x)[:, None] * self.embed(pooled))[:, :, None, None]
-
-
 @MODELS.register_module()
-class AcmeBackbone(Backbone):
-    network_class = AcmeNetwork
-
-    def call(self, network, x, sigma, fields):
-        return network(x, sigma, fields['pooled_projections'])
-
-    def condition_widths(self):
-        return dict(pooled_projections=self.config['num_conditions'])
-
-
-@MODELS.register_module()
-class AcmeLoss(ScoreLoss):
+class ShapeLoss(ScoreLoss):
 
     def __init__(self, level: float, weight: float = 1.0) -> None:
         super().__init__(weight)
@@ -58,7 +34,7 @@ class AcmeLoss(ScoreLoss):
 
 
 @TASK_UTILS.register_module()
-class AcmeTimeGrid:
+class ShapeTimeGrid:
 
     def __init__(self, levels: int) -> None:
         self.levels = levels
@@ -69,28 +45,28 @@ class AcmeTimeGrid:
 
 @hookimpl
 def cdm_student_losses(method):
-    return dict(from_hook=dict(type='AcmeLoss', level=1.0))
+    return dict(from_hook=dict(type='ShapeLoss', level=1.0))
 
 
 @hookimpl
 def cdm_after_iteration(iteration, logs):
-    return dict(acme_double=2 * logs['loss_acme'])
+    return dict(double=2 * logs['loss_shape'])
 '''
 
-# No import line for the plug-in: the package finds it.
+# No import line for the plug-ins, of which two take part: the package finds them.
 CONFIG = '''
 custom_imports = dict(imports=['cdm_plugin'], allow_failed_imports=False)
 model = dict(
     type='DMD2',
     backbone=dict(
-        type='AcmeBackbone', config=dict(in_channels=4, sample_size=2),
-        conditioner=dict(type='ClassConditioner', num_classes=2), codec=dict(type='PixelCodec', scale=2)),
-    losses=dict(dm=None, acme=dict(type='AcmeLoss', level=2.5, weight=2.0)),
-    time_grid=dict(type='AcmeTimeGrid', levels=3),
+        type='AcmeBackbone', config=dict(cross_attention_dim=8),
+        conditioner=dict(type='ClassConditioner', num_classes=3), codec=dict(type='PixelCodec', scale=2)),
+    losses=dict(dm=None, shape=dict(type='ShapeLoss', level=2.5, weight=2.0)),
+    time_grid=dict(type='ShapeTimeGrid', levels=3),
     student_every=1)
 train_dataloader = dict(
     batch_size=2, num_workers=0, sampler=dict(type='InfiniteSampler', shuffle=False),
-    dataset=dict(type='LabelDataset', num_classes=2))
+    dataset=dict(type='AcmePictures'))
 optim_wrapper = dict(
     constructor='DistillationOptimWrapperConstructor',
     student=dict(optimizer=dict(type='SGD', lr=0.1)), fake=dict(optimizer=dict(type='SGD', lr=0.1)))
@@ -106,8 +82,16 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 runner = Runner.from_cfg(Config.fromfile(sys.argv[1]))
 runner.train()
-names = ('loss_acme', 'loss_from_hook', 'loss_student', 'grid_steps', 'acme_double')
+names = ('loss_shape', 'loss_from_hook', 'loss_student', 'grid_steps', 'double', 'acme_gap', 'loss_fake')
 logs = {name: float(runner.message_hub.get_scalar('train/' + name).current()) for name in names}
+'''
+
+# `cdm demo`, a brief form.
+DEMO = '''
+import json
+from cdm_plugin.commands.demo import distil
+distil.distil_and_judge('work_dirs/demo', {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 4}, num_samples=20)
+print(json.dumps(distil.__file__))
 '''
 
 
@@ -146,13 +130,15 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def installed(wheel, tmp_path_factory):
-    """An environment with the wheel, a plug-in that gives a backbone, a loss and a time grid, and a broken one."""
+    """An environment with the wheel and three plug-ins: the template of examples/plugin, one that gives a loss, a time
+    grid and hooks, and a broken one."""
     folder = tmp_path_factory.mktemp('installed')
-    acme = write_distribution(folder / 'acme', 'acme-shapes', '2.5', 'shapes', 'acme_shapes', ACME)
+    template = shutil.copytree(wheel.with_name('copy') / 'examples/plugin', folder / 'template')
+    shapes = write_distribution(folder / 'shapes', 'acme-shapes', '2.5', 'shapes', 'acme_shapes', SHAPES)
     broken = write_distribution(folder / 'broken', 'a-broken-one', '0.3', 'part', 'a_broken_one',
                                 'import no_such_module')
     environment = Environment(folder / 'environment')
-    environment.pip_install(wheel, acme, broken)
+    environment.pip_install(wheel, template, shapes, broken)
     return environment
 
 
@@ -161,11 +147,14 @@ def reports(installed):
     """What programs print there, by name; started together, as each takes seconds to import torch."""
     config = installed.elsewhere / 'acme.py'
     config.write_text(CONFIG)
-    names = ('training', 'disabled', 'table')
+    template = installed.folder.parent / 'template'
+    names = ('training', 'disabled', 'table', 'template', 'command')
     return dict(zip(names, in_parallel(
         lambda: installed.look(config, before=TRAIN),
         lambda: installed.look(CDM_DISABLE_PLUGINS='1'),
-        lambda: installed.run('cdm', 'plugins').stdout)))
+        lambda: installed.run('cdm', 'plugins').stdout,
+        lambda: installed.run('python', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', cwd=template).stdout,
+        lambda: installed.run('cdm', 'acme', 'acme_config.py', cwd=template).stdout)))
 
 
 @pytest.fixture(scope='session')
@@ -204,17 +193,43 @@ def test_wheel_works_from_elsewhere(installed, reports):
     assert {info['status'] for info in own} == {'loaded'}
 
 
+def test_wheel_runs_the_demo_elsewhere_and_what_the_demo_says_to_do_next(installed):
+    done = installed.run('python', '-c', DEMO, CDM_DISABLE_PLUGINS='1')
+    *said, file = done.stdout.splitlines()
+    assert Path(json.loads(file)).is_relative_to(installed.site)
+    work_dir = installed.elsewhere / 'work_dirs/demo'
+    rows = json.loads((work_dir / 'results.json').read_text())['rows']
+    assert {(row['model'], row['steps']) for row in rows} >= {('teacher', 50), ('student', 4)}
+    assert (work_dir / 'samples.png').is_file() and (work_dir / 'student/README.md').is_file()
+    command, = [line.partition('cdm ')[2].split() for line in said if 'cdm sample' in line]
+    installed.run('cdm', *command, CDM_DISABLE_PLUGINS='1')
+    assert len(list((installed.elsewhere / 'images').glob('0*.png'))) == 4 * 4
+
+
 def test_plugin_of_another_distribution_is_found(installed, reports):
     info = by_name(reports['training']['plugins'])['acme-shapes:shapes']
     assert (info['version'], info['status'], info['error']) == ('2.5', 'loaded', '')
     assert Path(info['location']) == installed.site / 'acme_shapes.py'
-    assert info['registered'] == ['MODELS.AcmeBackbone', 'MODELS.AcmeLoss', 'TASK_UTILS.AcmeTimeGrid']
+    assert info['registered'] == ['MODELS.ShapeLoss', 'TASK_UTILS.ShapeTimeGrid']
 
 
-def test_plugin_trains_from_a_config_that_does_not_import_it(reports):
-    """The student's loss is 2 x 2.5 from the config and 1 x 1 from the plug-in's hook."""
+def test_the_template_passes_its_own_tests(reports):
+    assert re.search(r'^4 passed', reports['template'], re.MULTILINE), reports['template']
+
+
+def test_two_plugins_train_from_a_config_that_imports_neither(reports):
+    """The student's loss is 2 x 2.5 from the config and 1 x 1 from a hook; backbone and dataset are the template's."""
     logs = reports['training']['logs']
-    assert logs == dict(loss_acme=2.5, loss_from_hook=1, loss_student=6, acme_double=5, grid_steps=3)
+    gap, fake = logs.pop('acme_gap'), logs.pop('loss_fake')
+    assert logs == dict(loss_shape=2.5, loss_from_hook=1, loss_student=6, double=5, grid_steps=3)
+    assert gap == pytest.approx(6 - fake, abs=1e-5)
+
+
+def test_the_command_of_a_plugin_is_listed_and_runs(installed, reports):
+    assert reports['command'].splitlines()[-3:] == ['0: 8', '1: 8', '2: 8']
+    line = next(line for line in installed.run('cdm', '--help').stdout.splitlines() if line.split()[:1] == ['acme'])
+    assert line.split(None, 1)[1] == "counts the samples of a config's dataset by prompt (acme-distillation)"
+    assert 'acme  acme_distillation.command (acme-distillation 1.0)' in reports['table']
 
 
 def test_broken_plugin_is_reported_by_name_and_stops_nothing(reports):
@@ -229,7 +244,7 @@ def test_plugins_of_other_distributions_can_be_disabled(reports):
     infos = reports['disabled']['plugins']
     outside = [info for info in infos if info['distribution'] != 'cdm_plugin']
     assert {(info['name'], info['status'], tuple(info['registered'])) for info in outside} == {
-        ('acme-shapes:shapes', 'disabled', ()), ('a-broken-one:part', 'disabled', ())}
+        (name, 'disabled', ()) for name in ('acme-distillation:acme', 'acme-shapes:shapes', 'a-broken-one:part')}
     assert {info['status'] for info in infos if info not in outside} == {'loaded'}
     assert 'a-broken-one' not in reports['disabled']['stderr']
 
@@ -240,7 +255,7 @@ def test_command_lists_what_is_loaded_from_where(installed, reports):
     assert rows['acme-shapes:shapes'] == ['2.5', 'loaded']
     assert rows['a-broken-one:part'] == ['0.3', 'failed']
     assert rows['cdm_plugin:losses'][1] == 'loaded'
-    assert str(installed.site / 'acme_shapes.py') in table and 'TASK_UTILS.AcmeTimeGrid' in table
+    assert str(installed.site / 'acme_shapes.py') in table and 'TASK_UTILS.ShapeTimeGrid' in table
     assert 'no_such_module' in table
 
 

@@ -16,7 +16,7 @@ FILES = re.compile(r'`((?:tests/)?test_\w[\w/]*\.py|tests/[\w/]+\.py)`')
 SETTING = re.compile(r'`(?:model\.)?([a-z_.<>]+)=([^`]+)`')
 MATHS = ('flow', 'draws', 'time_grids', 'sigma_samplers', 'rollout', 'sampling', 'losses/functional',
          'losses/direction', 'methods/cdm', 'methods/dmd2', 'methods/decoupled_dmd', 'methods/flow_matching',
-         'methods/distillation', 'methods/phases')
+         'methods/tdm', 'methods/distillation', 'methods/phases')
 
 
 @cache

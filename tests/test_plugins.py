@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine import registry as root
 from mmengine.registry import MODELS
 
 from cdm_plugin import plugins
@@ -40,50 +39,6 @@ UNKNOWN_HOOK = WRONG_ARGUMENT.replace('cdm_student_losses', 'cdm_student_loss')
 TAKEN_NAME = GOOD.replace('AcmeNet', 'CALoss')
 
 
-class Site:
-    """A folder on `sys.path` where a test installs distributions by writing their metadata and modules."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def install(self, name: str, entries: dict, version='1.0', suffix='dist-info', **modules: str) -> None:
-        info = self.folder / f'{name.replace("-", "_")}-{version}.{suffix}'
-        info.mkdir()
-        metadata = f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
-        (info / ('METADATA' if suffix == 'dist-info' else 'PKG-INFO')).write_text(metadata)
-        lines = [f'{key} = {value}' for key, value in entries.items()]
-        (info / 'entry_points.txt').write_text('\n'.join(['[cdm_plugin]', *lines, '']))
-        for module, source in modules.items():
-            (self.folder / f'{module}.py').write_text(source)
-        importlib.invalidate_caches()
-
-
-@pytest.fixture
-def make_site(tmp_path, monkeypatch):
-    """Makes sites; afterwards modules, registries, pluggy and the list of plug-ins are what they were before."""
-    monkeypatch.setattr(plugins, 'manager', plugins._make_manager())
-    for name in ('_infos', '_points'):
-        monkeypatch.setattr(plugins, name, dict(getattr(plugins, name)))
-    monkeypatch.delenv('CDM_DISABLE_PLUGINS', raising=False)
-    for registry in [value for value in vars(root).values() if isinstance(value, root.Registry)]:
-        monkeypatch.setattr(registry, '_module_dict', dict(registry._module_dict))
-
-    def make(name: str = 'site') -> Site:
-        (tmp_path / name).mkdir()
-        monkeypatch.syspath_prepend(tmp_path / name)
-        return Site(tmp_path / name)
-
-    yield make
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, '__file__', None)).startswith(str(tmp_path)):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def site(make_site):
-    return make_site()
-
-
 def info_of(name):
     plugins.load()
     found = {info.name: info for info in plugins.loaded()}
@@ -102,8 +57,8 @@ def test_own_parts_come_first_and_in_the_order_of_setup_py():
 
 def test_own_parts_state_what_they_registered():
     own = {info.entry_point: info.registered for info in plugins.loaded()}
-    assert {f'MODELS.{name}Loss' for name in ('CA', 'DM', 'CDM', 'FlowMatching', 'GAN', 'Reward', 'Regression')} == set(
-        own['losses'])
+    names = ('CA', 'DM', 'CDM', 'FlowMatching', 'GAN', 'Reward', 'Regression', 'TDM')
+    assert {f'MODELS.{name}Loss' for name in names} == set(own['losses'])
     assert {'TASK_UTILS.FixedTimeGrid', 'TASK_UTILS.DynamicTimeGrid'} <= set(own['time_grids'])
 
 

@@ -57,7 +57,8 @@ from cdm_plugin.commands.doctor.meta import build_on_meta
 from cdm_plugin.commands.doctor.report import Report
 from cdm_plugin.config import load_config
 
-METHODS = {'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD', 'dmd2': 'DMD2', 'teacher': 'FlowMatching'}
+METHODS = {'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD', 'dmd2': 'DMD2', 'tdm': 'TDM',
+           'teacher': 'FlowMatching'}
 DISTILLATION = [name for name in shipped() if 'teacher' not in name]
 LARGE = [name for name in shipped() if not name.startswith(('digits/', 'emoji/'))]
 LAYERS = ('num_layers', 'num_single_layers', 'n_layers', 'n_refiner_layers')

@@ -87,6 +87,35 @@ def test_command_line(step, monkeypatch, tmp_path, capsys):
     assert 'literal / optimised' in printed and 'teacher, no gradient' in printed
 
 
+def test_recipes_make_the_calls_that_they_say(step, monkeypatch, capsys):
+    """By hand, of a cycle on the fixed grid: the rollout to the anchors, two fake-score steps, what the student
+    predicts, and the questions; a gradient counts as 3."""
+    demo, dmd2 = 'CDM, consistent, fixed grid, one rollout (the demo)', 'DMD2, aware, one rollout'
+    monkeypatch.setattr(step, 'RECIPES', {'CDM, published': {}, **{name: step.RECIPES[name] for name in (demo, dmd2)}})
+    table = {row['recipe']: row for row in step.compare_recipes(**SMALL, seed=SEED)}
+    step.report_recipes(list(table.values()))
+    assert list(table) == ['the literal loop', 'CDM, published', demo, dmd2] and demo in capsys.readouterr().out
+    assert table['the literal loop']['share']['median'] == 1
+    method, _ = step.build(SMALL['network'], 3, BATCH, seed=SEED, dtype='float64', checkpointing=False, device='cpu',
+                           **step.RECIPES[demo])
+    anchors = []
+    for method.iteration in (1, 2):
+        anchors.append(method.sample_draws(BATCH).anchor.double())
+    rollout, deepest = torch.stack(anchors).mean().item(), torch.stack(anchors).amax(1).mean().item()
+    expected = {demo: (rollout + 2 * 3 + 2 * 3 + 5 + 2, deepest + 2 + 2 + 2),
+                dmd2: (rollout + 2 * 3 + 3 + 2 + 1, deepest + 2 + 1 + 2)}
+    for name, (forwards, calls) in expected.items():
+        assert (table[name]['forward_equivalents'], table[name]['calls']) == pytest.approx((forwards, calls)), name
+
+
+def test_recipes_of_the_full_size_are_refused(step, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'none')
+    with pytest.raises(SystemExit):
+        step.main(['--config', 'sd3-medium', '--recipes'])
+    assert 'too many of the size of --config sd3-medium' in capsys.readouterr().err
+
+
 def test_the_full_size_needs_a_gpu(step, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit):

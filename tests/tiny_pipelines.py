@@ -428,7 +428,7 @@ class Tiny:
         return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(seed))
 
     def images(self, noise, guidance=1.0, **kwargs):
-        """The pipeline's images of PROMPTS, in [-1, 1]."""
+        """The pipeline's images of PROMPTS, in [-1, 1]; `guidance` None is what its call has by default."""
         height, width = noise.shape[2:]
         scale = self.scale
         if hasattr(self.pipeline, '_pack_latents') and self.packed == 1:
@@ -437,5 +437,6 @@ class Tiny:
             kwargs['num_inference_steps'] = len(kwargs['sigmas'])
         images = self.pipeline(
             prompt=list(PROMPTS), latents=noise, height=scale * height, width=scale * width, output_type='pt',
-            **self.guidance(guidance), **dict(self.options, **kwargs)).images  # Z-Image's changes its prompts
+            **({} if guidance is None else self.guidance(guidance)), **dict(self.options, **kwargs)
+        ).images  # Z-Image's changes its prompts
         return 2 * images - 1

@@ -125,8 +125,11 @@ class Flux2Codec(VAECodec):
     """Diffusers' AutoencoderKLFlux2; 2x2 of its latents are one here, with the mean and deviation of its batch norm."""
     vae_class = AutoencoderKLFlux2
 
+    def scale_of(self, config: Any) -> int:
+        return 2**len(config.block_out_channels)  # one more than the autoencoder's own
+
     def read_config(self, config: Any) -> None:
-        self.scale = 2**len(config.block_out_channels)  # one more than the autoencoder's own
+        self.scale = self.scale_of(config)
         norm = self.vae.bn
         self.register_buffer('shift', norm.running_mean[:, None, None].float(), persistent=False)
         self.register_buffer('factor', (norm.running_var + config.batch_norm_eps).rsqrt()[:, None, None].float(),

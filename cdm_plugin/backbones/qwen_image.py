@@ -112,8 +112,11 @@ class QwenImageCodec(VAECodec):
     """Diffusers' AutoencoderKLQwenImage, whose images are videos of one frame; arguments as in `VAECodec`."""
     vae_class = AutoencoderKLQwenImage
 
+    def scale_of(self, config: Any) -> int:
+        return 2**len(config.temperal_downsample)
+
     def read_config(self, config: Any) -> None:
-        self.scale = 2**len(config.temperal_downsample)
+        self.scale = self.scale_of(config)
         self.register_buffer('shift', torch.tensor(config.latents_mean)[:, None, None], persistent=False)
         self.register_buffer('factor', 1 / torch.tensor(config.latents_std)[:, None, None], persistent=False)
 

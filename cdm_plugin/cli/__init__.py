@@ -5,6 +5,8 @@ package is installed under a second name too, `cdm_command`, which the script `c
 command line need nothing else. A command's module there is `cdm_command.<name>`, the same file, and imports nothing of
 `cdm_plugin` before it runs.
 """
+from __future__ import annotations
+
 import argparse
 import importlib
 import os
@@ -15,9 +17,10 @@ import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import plugin_commands  # relative, since this package has two names
+if TYPE_CHECKING:
+    from cdm_plugin.cli.plugin_commands import PluginCommand
 
 # What there is, by task.
 COMMANDS = {
@@ -82,7 +85,9 @@ def own_commands() -> dict[str, str]:
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     """The parser of a command line: all commands, and the arguments of the one that is called."""
     own, called = own_commands(), next((word for word in argv if not word.startswith('-')), None)
-    outside = {} if called in own else plugin_commands.find(set(own))
+    outside: dict[str, PluginCommand] = {}
+    if called not in own:
+        outside = importlib.import_module(f'{__name__}.plugin_commands').find(set(own))
     tasks = COMMANDS | ({'of plug-ins': {name: command.help for name, command in outside.items()}} if outside else {})
     width = max(len(name) for commands in tasks.values() for name in commands)
     table = '\n'.join(f'{task}:\n' + ''.join(f'  {name:<{width}}  {line}\n' for name, line in commands.items())
@@ -111,14 +116,14 @@ def _fill(command: CommandParser, module: Any) -> None:
     command.set_defaults(run=module.run)
 
 
-def _fill_from_plugin(command: CommandParser, found: plugin_commands.PluginCommand, traceback: bool) -> None:
+def _fill_from_plugin(command: CommandParser, found: PluginCommand, shown: bool) -> None:
     """Ends the process in one line if the plug-in cannot be asked."""
     if found.problem:
         command.error(found.help)
     try:
         _fill(command, found.points[0].load())
     except (Exception, SystemExit) as error:
-        if traceback:
+        if shown:
             raise
         command.error(f'the command {found.name!r} of the distribution {found.distribution!r} cannot be loaded '
                       f'({type(error).__name__}: {" ".join(str(error).split())}): update or uninstall '

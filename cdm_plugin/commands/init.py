@@ -138,7 +138,9 @@ def _ask_for_missing(args: argparse.Namespace) -> None:
             args.method = _ask('method', methods, next(iter(methods)))
         if args.data is None:
             print(_table(DATA))
-            args.data = input(f'data{" [labels]" if args.model == LABELLED else ""}: ').strip() or 'labels'
+        while not args.data:
+            default = 'labels' if args.model == LABELLED else ''
+            args.data = input(f'data{f" [{default}]" if default else ""}: ').strip() or default
     except EOFError:
         raise ValueError('no answer: nothing is written') from None
 
@@ -212,6 +214,8 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
     row = next((row for _, row in read_rows(str(file), 'prompt')), None)
     if row is None:
         raise ValueError(f'--data {args.data!r} holds no prompts')
+    if isinstance(row, ValueError):
+        raise row
     column = args.column or _column(row, [name for name in PROMPT_COLUMNS if name in row] or list(row), '--column')
     if args.column and args.column not in row and '.' not in args.column:
         raise ValueError(f'--column {args.column!r}: {file} has {", ".join(row)}')

@@ -21,15 +21,21 @@ def add_arguments(parser: CommandParser) -> None:
                         help='where the dataset stands in the config (default train_dataloader.dataset)')
     parser.add_argument('--batch-size', type=parser.positive, default=16)
     parser.add_argument('--shard-size', type=parser.positive, default=256, help='pairs a file (default 256)')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='share the work among processes')
     parser.add_config_options()
 
 
 def run(args: argparse.Namespace) -> None:
+    from mmengine.dist import is_main_process
+
     from cdm_plugin.config import load_config
     from cdm_plugin.data.pairs import dataset_of, make_pairs
+    from cdm_plugin.engine.launch import join_processes, stop_processes
     from cdm_plugin.inference import load_method
     cfg = load_config(args.config, args.cfg_options)
     dataset = dataset_of(cfg, args.dataset)
+    join_processes(args.launcher)
     size = (args.height or args.width, args.width or args.height) if args.height or args.width else None
     method = load_method(args.config, image_size=size, options=args.cfg_options, roles=['teacher'])
     if not hasattr(method, 'teacher'):
@@ -40,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     index = dict(count=args.num or len(dataset), shard_size=args.shard_size, seed=args.seed, steps=args.steps,
                  guidance_scale=scale, latents=list(method.latent_shape(1)[1:]), model=model)
     reused = make_pairs(method, dataset, args.out, index, args.batch_size)
-    print(f'{index["count"]} pairs in {args.out}, shards of an earlier run: {reused}')
-    print(f"to train on them: train_dataloader.dataset=dict(type='PairDataset', data_root={args.out!r}, dataset="
-          "<the dataset>) and model.losses.regression=dict(type='RegressionLoss')")
+    if is_main_process():
+        print(f'{index["count"]} pairs in {args.out}, shards of an earlier run: {reused}')
+        print(f"to train on them: train_dataloader.dataset=dict(type='PairDataset', data_root={args.out!r}, dataset="
+              "<the dataset>) and model.losses.regression=dict(type='RegressionLoss')")
+    stop_processes()

@@ -1,4 +1,5 @@
 """Prompts, class labels, images and cached text embeddings; importing it registers all of them."""
+from cdm_plugin.data.bad_records import SkipBadRecords
 from cdm_plugin.data.buckets import BucketBatchSampler, ResizeCrop
 from cdm_plugin.data.data_preprocessor import DistillationDataPreprocessor
 from cdm_plugin.data.embeddings.cache import CacheReport, cache_embeddings
@@ -11,6 +12,9 @@ from cdm_plugin.data.image_caption_folder import ImageCaptionFolder
 from cdm_plugin.data.image_label_dataset import ImageLabelDataset
 from cdm_plugin.data.images import check_pictures
 from cdm_plugin.data.label_dataset import LabelDataset
+from cdm_plugin.data.latents.cache import LatentReport, cache_latents
+from cdm_plugin.data.latents.dataset import LatentDataset, check_latents
+from cdm_plugin.data.mix import MixSampler, WeightedMixDataset
 from cdm_plugin.data.pack_inputs import PackInputs, check_channel_order
 from cdm_plugin.data.pairs import PairDataset
 from cdm_plugin.data.prompt_dataset import PromptDataset
@@ -18,6 +22,7 @@ from cdm_plugin.data.stream import Stream
 from cdm_plugin.data.web_dataset import WebDataset
 
 __all__ = ['BucketBatchSampler', 'CacheReport', 'DistillationDataPreprocessor', 'EmbeddingDataset',
-           'HFDataset', 'HFStream', 'ImageCaptionFolder', 'ImageLabelDataset', 'LabelDataset', 'PackInputs',
-           'PairDataset', 'PromptDataset', 'ResizeCrop', 'Stream', 'WebDataset', 'cache_embeddings', 'check_cache',
-           'check_channel_order', 'check_encoder', 'check_pictures', 'write_embeddings']
+           'HFDataset', 'HFStream', 'ImageCaptionFolder', 'ImageLabelDataset', 'LabelDataset', 'LatentDataset',
+           'LatentReport', 'MixSampler', 'PackInputs', 'PairDataset', 'PromptDataset', 'ResizeCrop', 'SkipBadRecords',
+           'Stream', 'WebDataset', 'WeightedMixDataset', 'cache_embeddings', 'cache_latents', 'check_cache',
+           'check_channel_order', 'check_encoder', 'check_latents', 'check_pictures', 'write_embeddings']

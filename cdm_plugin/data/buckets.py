@@ -1,4 +1,5 @@
 """Pictures of several sizes in one run: each batch has one, chosen by the pictures' aspect ratios."""
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Sampler
 
+from cdm_plugin.data.bad_records import SkipBadRecords
+from cdm_plugin.data.mix import MixSampler
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.sizes import Pair, Size, image_sizes, nearest_size
 
@@ -70,7 +73,11 @@ class BucketBatchSampler(Sampler):
     of each batch, so that the sizes of an iteration are equal on all ranks and a resumed run goes on as it would have.
     With `InfiniteSampler` every sample comes once before any comes twice, but for those that wait until their bucket
     fills a batch; with `DefaultSampler` once an epoch, the last batch of a bucket filled up with samples of its own
-    (`round_up=True`) or left out.
+    (`round_up=True`) or left out. With `MixSampler` the draws of the mix come in their order, each in the next batch of
+    its size: the sources keep their shares, give or take the draws that wait.
+
+    Of a `SkipBadRecords`, pictures that cannot be opened are in no batch, and only a picture of the same size stands in
+    for a bad one.
 
     Args:
         sampler (Sampler): Given by the runner; its own order is not used.
@@ -94,12 +101,36 @@ class BucketBatchSampler(Sampler):
             raise ValueError(f'BucketBatchSampler needs a dataset with get_data_info, as those of MMEngine have, but '
                              f'train_dataloader.dataset is a {type(dataset).__name__}')
         self.buckets: dict[Pair, list[int]] = {}
-        for i in range(len(dataset)):
-            self.buckets.setdefault(nearest_size(*_size_of(dataset.get_data_info(i), image), self.sizes), []).append(i)
+        self._bucket_of: list[dict[int, Pair]] = []  # by source of a mix
+        for source in dataset.datasets if self.mixes else [dataset]:
+            buckets = self._sort(source, image)
+            self._bucket_of.append({row: size for size, rows in buckets.items() for row in rows})
+            for size, rows in buckets.items():
+                self.buckets.setdefault(size, []).extend(rows)
         if not self.infinite and not len(self):
             needed = batch_size * self.world_size
             raise ValueError(f'no size has the {needed} pictures that a batch of all ranks needs: '
                              f'train_dataloader.dataset has {self.counts}')
+
+    def _sort(self, dataset: Any, image: str) -> dict[Pair, list[int]]:
+        buckets: dict[Pair, list[int]] = {}
+        skips = isinstance(dataset, SkipBadRecords)
+        for i in range(len(dataset)):
+            try:
+                size = nearest_size(*_size_of(dataset.get_data_info(i), image), self.sizes)
+            except SampleError as error:
+                if not skips:
+                    raise
+                dataset.add(i, error)
+            else:
+                buckets.setdefault(size, []).append(i)
+        if skips:
+            dataset.replace_within(buckets.values())
+        return buckets
+
+    @property
+    def mixes(self) -> bool:
+        return isinstance(self.sampler, MixSampler)
 
     @property
     def infinite(self) -> bool:
@@ -116,6 +147,8 @@ class BucketBatchSampler(Sampler):
         return sum(-(-len(rows) // step) if up else len(rows) // step for rows in self.buckets.values())
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.mixes:
+            yield from self._mixed()
         generator = torch.Generator().manual_seed(self.sampler.seed + getattr(self.sampler, 'epoch', 0))
         waiting: dict[Pair, list[int]] = {size: [] for size in self.buckets}
         while True:
@@ -126,6 +159,18 @@ class BucketBatchSampler(Sampler):
                 yield batches[i][self.rank::self.world_size]
             if not self.infinite:
                 return
+
+    def _mixed(self) -> Iterator[list[int]]:
+        waiting: dict[Pair, list[int]] = {size: [] for size in self.buckets}
+        for draw in itertools.count():
+            source, row = self.sampler.dataset.locate(draw)
+            size = self._bucket_of[source].get(row)
+            if size is None:  # it cannot be opened
+                continue
+            waiting[size].append(draw)
+            if len(waiting[size]) == self.batch_size * self.world_size:
+                yield waiting[size][self.rank::self.world_size]
+                waiting[size] = []
 
     def _order(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randperm(count, generator=generator).tolist() if self.sampler.shuffle else list(range(count))

@@ -11,7 +11,7 @@ from cdm_plugin.condition import Condition, check_embeddings, is_mask
 
 Prompts = list[str] | Tensor
 MAPS = ('image', 'latents', 'pair_noise', 'pair_latents')
-KEYS = ('prompt', 'condition', *MAPS, 'meta')
+KEYS = ('prompt', 'condition', *MAPS, 'source', 'meta')
 
 
 @MODELS.register_module()
@@ -38,8 +38,8 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
         Returns:
             dict: `prompt` (list[str], or LongTensor (B,) of class labels), `condition` (dict of tensors, each
             (B, ...); texts of different lengths are padded to the longest, with masks, see `Condition`), `image`
-            (Tensor, (B, C, H, W), float32), `latents`, `pair_noise`, `pair_latents` (likewise) and `meta` (dict of
-            lists or batched tensors), as far as the samples have them.
+            (Tensor, (B, C, H, W), float32), `latents`, `pair_noise`, `pair_latents` (likewise), `source` (list[str])
+            and `meta` (dict of lists or batched tensors), as far as the samples have them.
 
         Raises:
             ValueError: If samples differ in their fields or shapes, mix texts and labels, have neither a prompt nor
@@ -55,6 +55,8 @@ class DistillationDataPreprocessor(BaseDataPreprocessor):
         for name in MAPS:
             if name in data:
                 batch[name] = _batch_images(name, data[name])
+        if 'source' in data:
+            batch['source'] = list(data['source'])
         if 'meta' in data:
             meta = data['meta']
             batch['meta'] = dict(meta) if isinstance(meta, Mapping) else _transpose(meta, 'meta')
@@ -145,10 +147,11 @@ _ENCODER_ADVICE = 'write all text embeddings with one text encoder and one dtype
 
 def _check_batch(batch: dict[str, Any], data: Mapping[str, Any]) -> None:
     if 'prompt' not in batch and not batch.get('condition'):
+        other = "; this has gone through another library's PackInputs" if 'data_samples' in data else ''
         raise ValueError(f"a batch needs 'prompt' or 'condition', but has {sorted(map(str, data))}: name the field of "
-                         "the prompts in the dataset's pipeline, dict(type='PackInputs', prompt=...)")
+                         f"the prompts in the dataset's pipeline, dict(type='mmengine.PackInputs', prompt=...){other}")
     rows = {f'condition.{name}': len(values) for name, values in batch.get('condition', {}).items()}
-    rows.update({name: len(batch[name]) for name in ('prompt', *MAPS) if name in batch})
+    rows.update({name: len(batch[name]) for name in ('prompt', 'source', *MAPS) if name in batch})
     rows.update({f'meta.{name}': len(values) for name, values in batch.get('meta', {}).items()})
     if len(set(rows.values())) != 1:
         raise ValueError(f'the fields of a batch must have one row a sample, but have these numbers of rows: {rows}')

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.registry import DATASETS, DefaultScope
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
+from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.embeddings.files import (
     EmbeddingReader,
     check_shards,
@@ -29,6 +31,8 @@ from cdm_plugin.secrets import without_secrets
 
 INDEX = 'pairs.json'
 VERSION = 1
+# Samples that are read to see whether their prompts are drawn.
+LOOKED_AT = 8
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
@@ -121,11 +125,15 @@ def dataset_of(cfg: Any, key: str) -> Any:
         dataset.full_init()
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__') or not len(dataset):
         raise ValueError(f'{key} must have a length of 1 or more, so that pair i is of sample i')
+    for i in range(min(LOOKED_AT, len(dataset))):
+        if len(list(every_variant(lambda: dataset[i]))) > 1:
+            raise ValueError(f'{key} draws its prompts, and a pair is of one: leave several captions, template and '
+                             'dropout of PackInputs out')
     return dataset
 
 
 def make_pairs(method: Any, dataset: Any, out: str, index: dict[str, Any], batch_size: int) -> int:
-    """Writes the shards of pairs that a folder lacks.
+    """Writes the shards of pairs that a folder lacks; the processes of a run share them, one after the other.
 
     Args:
         method (Distillation): With its teacher.
@@ -157,15 +165,20 @@ def make_pairs(method: Any, dataset: Any, out: str, index: dict[str, Any], batch
             done[entry['name']] = entry
         except ValueError:  # missing or cut: it is made again
             pass
-    reused = len(done)
-    with tqdm(total=index['count'], desc='drawing', unit='pair') as bar:
-        for name, start in zip(names, starts):
-            stop = min(start + index['shard_size'], index['count'])
-            if name not in done:
-                prompts = write_shard(folder / name, method, dataset, range(start, stop), index, batch_size)
-                done[name] = describe_shard(folder / name, prompts)
+    reused, (rank, world_size) = len(done), get_dist_info()
+    absent = [(name, start) for name, start in zip(names, starts) if name not in done]
+    with tqdm(total=len(starts), initial=reused, desc='drawing', unit='shard', disable=rank > 0) as bar:
+        for i in range(0, len(absent), world_size):
+            entries = []
+            for name, start in absent[i:i + world_size][rank:rank + 1]:
+                numbers = range(start, min(start + index['shard_size'], index['count']))
+                prompts = write_shard(folder / name, method, dataset, numbers, index, batch_size)
+                entries.append(describe_shard(folder / name, prompts))
+            together = [entry for part in all_gather_object(entries) for entry in part]
+            done.update({entry['name']: entry for entry in together})
+            if rank == 0:
                 write_index(folder, dict(index, shards=[done[name] for name in sorted(done)]))
-            bar.update(stop - start)
+            bar.update(len(together))
     return reused
 
 

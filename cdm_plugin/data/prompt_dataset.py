@@ -5,6 +5,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 from cdm_plugin.assets import resolve
+from cdm_plugin.data.bad_records import leave_out
 from cdm_plugin.data.captions import check_caption, lookup
 from cdm_plugin.data.pack_inputs import PackInputs
 from cdm_plugin.data.prompt_files import read_rows
@@ -14,7 +15,8 @@ from cdm_plugin.data.prompt_files import read_rows
 class PromptDataset(BaseDataset):
     """Text prompts from a file.
 
-    A raw sample holds `prompt` (str, or a list of them) and every other column of its row, for transforms to use.
+    A raw sample holds `prompt` (str, or a list of them), every other column of its row, for transforms to use, and
+    `ann_line`, its line.
 
     Args:
         ann_file (str): A `.txt` file (one prompt a line), a `.jsonl` file (one object a line) or a `.csv` file (with a
@@ -47,7 +49,12 @@ class PromptDataset(BaseDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Reads and checks all rows."""
-        samples = [self._sample(line, row) for line, row in read_rows(self.ann_file, self.column)]
+        samples = []
+        for line, row in read_rows(self.ann_file, self.column):
+            try:
+                samples.append(self._sample(line, row))
+            except ValueError as error:
+                leave_out(error)
         if not samples:
             raise ValueError(f'`ann_file` {self.ann_file} holds no prompts')
         if self.category_column is not None:
@@ -70,12 +77,14 @@ class PromptDataset(BaseDataset):
             raise ValueError(f'`ann_file` {self.ann_file}: set `category_column` to balance categories')
         return [self.categories.index(name) for name in self._names(self.get_data_info(idx))]
 
-    def _sample(self, line: int, row: dict[str, Any]) -> dict[str, Any]:
+    def _sample(self, line: int, row: dict[str, Any] | ValueError) -> dict[str, Any]:
+        if isinstance(row, ValueError):
+            raise row
         where = f'`ann_file` {self.ann_file}, line {line}'
         prompt = _cell(row, 'column', self.column, where)
         check_caption(prompt, where, 'column', self.column)
         self._check_category(row, where)
-        return self.parse_data_info({**row, 'prompt': prompt})
+        return self.parse_data_info({'ann_line': line, **row, 'prompt': prompt})
 
     def _check_category(self, row: dict[str, Any], where: str) -> None:
         if self.category_column is None:

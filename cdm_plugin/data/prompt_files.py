@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine import fileio
 
-Rows = Iterator[tuple[int, dict[str, Any]]]
+Rows = Iterator[tuple[int, dict[str, Any] | ValueError]]
 DEEPEST = 100  # levels of a JSON value; Python's own limit, some hundred levels later, ends in no message
 # How files begin that stand where a prompt file should be.
 STRANGERS = {b'version https://git-lfs': 'a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`',
@@ -31,12 +31,12 @@ def read_rows(path: str, column: str) -> Rows:
         column (str): What to call the only column of a txt file.
 
     Yields:
-        tuple[int, dict]: The line number, from 1, and the row by column.
+        tuple[int, dict]: The line number, from 1, and the row by column, or a ValueError that says why it is none.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file has another suffix, cannot be read, is not UTF-8, is a pointer or a web page instead, or
-            is malformed. The message names the line.
+            no row can be told from the next (csv). The message names the line.
     """
     suffix = PurePath(path).suffix.lower()
     if suffix == '.txt':
@@ -94,22 +94,28 @@ def _txt_rows(text: str, column: str) -> Rows:
 
 def _jsonl_rows(path: str, text: str) -> Rows:
     for number, line in _lines(text):
-        where = f'`ann_file` {path}, line {number}'
         try:
-            row = json.loads(line)
-            if _is_deep(row):
-                raise RecursionError
-        except RecursionError:
-            raise ValueError(f'{where}: JSON of more than {DEEPEST} levels') from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}); each line of a .jsonl file is '
-                             'one JSON object') from None
-        except ValueError as error:  # a number of more digits than Python reads
-            raise ValueError(f'{where}: not readable ({error})') from None
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: a {type(row).__name__}; each line of a .jsonl file is one JSON object such as '
-                             '{"prompt": "a cat"}')
-        yield number, row
+            yield number, _json_row(line, f'`ann_file` {path}, line {number}')
+        except ValueError as error:
+            yield number, error
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if _is_deep(row):
+            raise RecursionError
+    except RecursionError:
+        raise ValueError(f'{where}: JSON of more than {DEEPEST} levels') from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}); each line of a .jsonl file is '
+                         'one JSON object') from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f'{where}: not readable ({error})') from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: a {type(row).__name__}; each line of a .jsonl file is one JSON object such as '
+                         '{"prompt": "a cat"}')
+    return row
 
 
 def _is_deep(value: Any) -> bool:
@@ -131,8 +137,10 @@ def _csv_rows(path: str, text: str) -> Rows:
         for row in reader:
             # DictReader's marks of a row that is longer or shorter than the header.
             if None in row or None in row.values():
-                raise ValueError(f'`ann_file` {path}, line {reader.line_num}: not as many cells as the header; put a '
-                                 'prompt that holds a comma in double quotes')
+                yield reader.line_num, ValueError(
+                    f'`ann_file` {path}, line {reader.line_num}: not as many cells as the header; put a prompt that '
+                    'holds a comma in double quotes')
+                continue
             yield reader.line_num, row
     except csv.Error as error:
         # DictReader counts the rows that it has read whole.

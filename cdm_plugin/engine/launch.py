@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from mmengine.device import get_device
+from mmengine.dist import init_dist
 
 from cdm_plugin.errors import Stopped
 from cdm_plugin.secrets import mask_text
@@ -76,6 +77,13 @@ def start_processes(launcher: str, env_cfg: dict[str, Any] | None = None) -> Non
     if get_device() == 'cpu':
         timeout = ((env_cfg or {}).get('dist_cfg') or {}).get('timeout')
         dist.init_process_group('gloo', timeout=None if timeout is None else datetime.timedelta(seconds=timeout))
+
+
+def join_processes(launcher: str) -> None:
+    """`start_processes` of a command without a runner, which would start NCCL and set the CUDA device."""
+    start_processes(launcher)
+    if launcher != 'none' and not dist.is_initialized():
+        init_dist(launcher)
 
 
 @contextlib.contextmanager

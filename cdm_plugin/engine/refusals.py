@@ -3,7 +3,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine._strategy import SingleDeviceStrategy
-from mmengine.dataset import InfiniteSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import EMAHook
 from mmengine.registry import (
     DATA_SAMPLERS,
@@ -17,6 +17,7 @@ from mmengine.registry import (
 )
 from mmengine.runner import EpochBasedTrainLoop
 
+from cdm_plugin.data.mix import MixSampler, WeightedMixDataset
 from cdm_plugin.data.stream import Stream
 from cdm_plugin.engine.data_parallel import DistillationDataParallel
 from cdm_plugin.engine.deepspeed_strategy import DistillationDeepSpeedStrategy
@@ -69,26 +70,26 @@ def refusals(cfg: Mapping[str, Any], processes: int = 1) -> Iterator[str]:
     if by_epoch and is_type(loader.get('sampler'), InfiniteSampler, DATA_SAMPLERS):
         yield ("train_dataloader.sampler.type='InfiniteSampler' has no end, and train_cfg counts epochs: take "
                "train_cfg=dict(type='IterBasedTrainLoop', max_iters=...), or DefaultSampler")
+    yield from _of_mixes(loader)
 
 
-def _of_streams(cfg: Mapping[str, Any]) -> Iterator[str]:
-    for split in ('train', 'val', 'test'):
-        key = f'{split}_dataloader'
-        loader = cfg.get(key) or {}
-        if not isinstance(loader, Mapping) or not is_type(loader.get('dataset'), Stream, DATASETS):
-            continue
-        stream = class_of(loader['dataset'], DATASETS).__name__
-        if split != 'train':
-            yield f'{key}.dataset.type={stream!r} has no end: take a dataset with a length, such as HFDataset'
-            continue
-        for name in ('sampler', 'batch_sampler'):
-            if loader.get(name) is not None or name == 'sampler' and name not in loader:
-                yield (f'{key}.{name} must be None, because {stream} has an order of its own (dataset.shuffle); write '
-                       f'it out: {key}=dict({name}=None)')
-        loop = cfg.get('train_cfg') or {}
-        if is_type(loop, EpochBasedTrainLoop, LOOPS) or loop.get('by_epoch') is True:
-            yield (f'{key}.dataset.type={stream!r} has no end, and train_cfg counts epochs: take '
-                   "train_cfg=dict(type='IterBasedTrainLoop', max_iters=...)")
+def _of_mixes(loader: Mapping[str, Any]) -> Iterator[str]:
+    dataset, sampler = loader.get('dataset'), loader.get('sampler')
+    shuffles = (is_type(sampler, (DefaultSampler, InfiniteSampler), DATA_SAMPLERS) and not is_type(
+        sampler, MixSampler, DATA_SAMPLERS) and (not isinstance(sampler, Mapping) or sampler.get('shuffle', True)))
+    if is_type(dataset, WeightedMixDataset, DATASETS):
+        if shuffles:
+            yield ('train_dataloader.sampler shuffles the draws of a WeightedMixDataset, whose sources are shuffled '
+                   "and keeps the proportions by its order: set train_dataloader.sampler=dict(type='MixSampler')")
+    elif any(_has_mix(dataset.get(key)) for key in ('dataset', 'datasets') if isinstance(dataset, Mapping)):
+        yield ('train_dataloader.dataset has a WeightedMixDataset inside of another dataset: wrap its sources instead, '
+               'or put their samples into one mix')
+
+
+def _has_mix(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return is_type(value, WeightedMixDataset, DATASETS) or any(map(_has_mix, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_has_mix, value))
 
 
 def missing_hook(cfg: Mapping[str, Any]) -> Iterator[str]:
@@ -126,6 +127,26 @@ def _of_hooks(hooks: Any) -> Iterator[str]:
 
 def _is_hook(hook: Any, kinds: type | tuple[type, ...]) -> bool:
     return isinstance(hook, kinds) or is_type(hook, kinds, HOOKS)
+
+
+def _of_streams(cfg: Mapping[str, Any]) -> Iterator[str]:
+    for split in ('train', 'val', 'test'):
+        key = f'{split}_dataloader'
+        loader = cfg.get(key) or {}
+        if not isinstance(loader, Mapping) or not is_type(loader.get('dataset'), Stream, DATASETS):
+            continue
+        stream = class_of(loader['dataset'], DATASETS).__name__
+        if split != 'train':
+            yield f'{key}.dataset.type={stream!r} has no end: take a dataset with a length, such as HFDataset'
+            continue
+        for name in ('sampler', 'batch_sampler'):
+            if loader.get(name) is not None or name == 'sampler' and name not in loader:
+                yield (f'{key}.{name} must be None, because {stream} has an order of its own (dataset.shuffle); write '
+                       f'it out: {key}=dict({name}=None)')
+        loop = cfg.get('train_cfg') or {}
+        if is_type(loop, EpochBasedTrainLoop, LOOPS) or loop.get('by_epoch') is True:
+            yield (f'{key}.dataset.type={stream!r} has no end, and train_cfg counts epochs: take '
+                   "train_cfg=dict(type='IterBasedTrainLoop', max_iters=...)")
 
 
 def _of_optimizers(optim_wrapper: Any, method: type[DiffusionModel]) -> Iterator[str]:

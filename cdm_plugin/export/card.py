@@ -148,7 +148,7 @@ def _other_tools(job: ExportJob, staging: Path) -> list[str]:
     """What other tools have to be told so that they sample as the student was trained to."""
     backbone, (sigmas, _) = job.backbone, how_to_sample(job)
     levels = [f'{level:.4g}' for level in backbone.shift_grid(sigmas, job.method.latent_sizes[0]).tolist()]
-    guidance = getattr(backbone, 'embedded_guidance', None)
+    guidance = backbone.embedded_guidance if backbone.config.get('guidance_embeds') else None
     told = '' if guidance is None else f', and {guidance:g} as the guidance that the network is told'
     lines = [
         '### In other tools',

@@ -285,7 +285,9 @@ class Distillation(DiffusionModel):
             velocity, added = self.velocity('fake', z, draws.fake_sigma[step], iteration.condition, anchor.sigma), None
         else:
             velocity, added = self._judged(self.fake_judge, iteration, step, z)
-        loss = (weight * self.fake_loss(velocity, anchor.x0, noise)).mean()
+        per_sample = weight * self.fake_loss(velocity, anchor.x0, noise)
+        iteration.per_sample.setdefault('fake', []).append(per_sample.detach())
+        loss = per_sample.mean()
         return loss if added is None else loss + added
 
     def _judged(self, judge: ScoreLoss, iteration: Iteration, step: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -310,15 +312,17 @@ class Distillation(DiffusionModel):
     def student_loss(self, iteration: Iteration, step: int = 0) -> Tensor:
         """What the student minimises: the weighted sum of the losses."""
         inputs = self._answered(self._at_points(iteration))
-        values, logs = {}, iteration.logs
+        values, weighted, logs = {}, [], iteration.logs
         for name, loss in self.due_losses.items():
             per_sample, scalars = loss(inputs[name])
             values[name] = per_sample.mean()
+            weighted.append(loss.weight * per_sample.detach())
             logs[f'loss_{name}'] = values[name].detach()
             iteration.terms[f'loss_{name}'] = values[name].detach().isfinite() & (scalars.pop('left_out', 0) == 0)
             logs.update({f'{key}_{name}': value.detach() for key, value in scalars.items()})
         if 'ca' in values and 'dm' in values and inputs['ca'].prediction is inputs['dm'].prediction:
             logs['cosine_ca_dm'] = gradient_cosine(values['ca'], values['dm'], iteration.anchor.x0)
+        iteration.per_sample['student'] = [sum(weighted)]
         return sum(self.losses[name].weight * value for name, value in values.items())
 
     def role_loss(self, loss: ScoreLoss, iteration: Iteration, step: int = 0) -> Tensor:

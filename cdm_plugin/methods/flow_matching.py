@@ -61,4 +61,6 @@ class FlowMatching(DiffusionModel):
         """The loss of the velocity on noised pictures."""
         x0, draws = iteration.batch['latents'], iteration.draws
         velocity = self.velocity('student', add_noise(x0, draws.noise, draws.sigma), draws.sigma, iteration.condition)
-        return self.loss(velocity, x0, draws.noise).mean()
+        per_sample = self.loss(velocity, x0, draws.noise)
+        iteration.per_sample['student'] = [per_sample.detach()]
+        return per_sample.mean()

@@ -27,6 +27,7 @@ class Iteration:
         logs (dict): Scalars to log.
         terms (dict): By name, whether a term of the loss that a phase has just computed is finite; 0-dim bool tensors.
         seen (dict): By (role, fake-score step), the features of that step which the role judges, without graph.
+        per_sample (dict): By role, the losses of each sample in the steps of its turn, (B,), without graph.
     """
     batch: Mapping[str, Any]
     condition: Condition
@@ -35,6 +36,18 @@ class Iteration:
     logs: dict[str, Any] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict)
     seen: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    per_sample: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def log_sources(self, role: str) -> None:
+        """Logs a role's mean loss by the samples' sources, `loss_<role>/<source>`, and how many samples each has,
+        `count/<source>`; nothing if the batch does not say its sources."""
+        rows: dict[str, list[int]] = {}
+        for row, source in enumerate(self.batch.get('source') or ()):
+            rows.setdefault(source, []).append(row)
+        losses = [loss.unbind() for loss in self.per_sample.pop(role, ())]
+        for source, own in rows.items() if losses else ():
+            self.logs[f'loss_{role}/{source}'] = torch.stack([loss[row] for loss in losses for row in own]).mean()
+            self.logs[f'count/{source}'] = float(len(own))
 
 
 def _nothing(*args: Any) -> None:
@@ -108,4 +121,5 @@ def take_turn(phase: Phase, iteration: Iteration, wrapper: Any) -> bool | Tensor
             phase.stepped(taken)
         losses.append(loss.detach())
     iteration.logs[f'loss_{phase.role}'] = torch.stack(losses).mean()
+    iteration.log_sources(phase.role)
     return taken

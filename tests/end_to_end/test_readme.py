@@ -1,39 +1,19 @@
 """What README and docs/ show runs as it stands there."""
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from acme_distillation.network import AcmeTransformer2DModel
 from acme_plugin import AcmePictures
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, TASK_UTILS
 from mmengine.runner import Runner
 from tests_support import tiny_backbone
-from torch import nn
 
 from cdm_plugin.cli import main
 
 ROOT = Path(__file__).parents[2]
-
-
-class AcmeTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The network of somebody's own that the page speaks of."""
-
-    @register_to_config
-    def __init__(self, in_channels: int = 4, sample_size: int = 4, num_attention_heads: int = 2,
-                 attention_head_dim: int = 4, cross_attention_dim: int = 8):
-        super().__init__()
-        width = num_attention_heads * attention_head_dim
-        self.enter, self.leave = nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, in_channels, 1)
-        self.time_embed, self.to_q = nn.Linear(1, width), nn.Linear(cross_attention_dim, width)
-
-    def forward(self, x, timestep, encoder_hidden_states):
-        told = self.time_embed(timestep[:, None] / 1000) + self.to_q(encoder_hidden_states.mean(1))
-        return SimpleNamespace(sample=self.leave(torch.tanh(self.enter(x) + told[..., None, None])))
 
 
 def block(page, part):

@@ -145,7 +145,8 @@ def test_a_checkpoint_knows_how_it_was_trained(sources, tmp_path, capsys):
     run, out = str(tmp_path / 'run'), tmp_path / 'out'
     swapped = ['--cfg-options', 'model.type=DMD2', 'model.student_every=1', 'model.lora.rank=2', 'model.lora.alpha=8']
     assert main(['train', config, '--work-dir', run, *swapped]) == 0
-    assert main(['export', config, '--checkpoint', run, '--out', str(out)]) == 0
+    assert main(['export', config, '--checkpoint', run, '--sd-scripts', '--out', str(out)]) == 0
+    assert (out / 'sd_scripts_lora.safetensors').is_file()
     card = (out / 'README.md').read_text()
     assert '| method | DMD2 |' in card and "type='DMD2'" in card and 'rank 2, alpha 8' in card
     capsys.readouterr()

@@ -26,6 +26,8 @@ BLOCKS = dict(sd3=2, longcat=2, flux=2, z_image=3, qwen_image=2, klein=2, flux2=
 # What has no effect: of the last block's text, everything but keys and values.
 IDLE = dict(sd3=r'blocks\.1\.attn\.(add_q_proj|norm_added_q)',
             qwen_image=r'blocks\.1\.attn\.(add_q_proj|norm_added_q|to_add_out)')
+# Whose pipelines have no guidance by default: it is embedded, or takes a negative prompt.
+UNGUIDED = ('flux', 'flux2', 'qwen_image')
 # Whose texts have lengths of their own.
 RAGGED = ('z_image', 'qwen_image', 'krea2')
 # Names of what a small network of one's own has other values for.
@@ -57,14 +59,15 @@ def test_images_equal_the_pipelines(tiny, guided, size):
 
 
 def test_the_usual_schedule_equals_the_pipelines(tiny):
+    """And, where a pipeline's default call has no guidance on top, that call with a number of steps alone."""
     noise = tiny.noise(4, 8)
     if tiny.name == 'sd3':  # its scheduler starts from its own range of timesteps
         scheduler = tiny.pipeline.scheduler
         sigmas = torch.linspace(scheduler.sigma_max, scheduler.sigma_min, 5, dtype=torch.float64)
     else:
         sigmas = step_sigmas(5)
-    made = ours(tiny, noise, sigmas=sigmas)
-    assert (made - tiny.images(noise, num_inference_steps=5)).abs().max() < 1e-5
+    made, guidance = ours(tiny, noise, sigmas=sigmas), None if tiny.name in UNGUIDED else 1.0
+    assert (made - tiny.images(noise, guidance, num_inference_steps=5)).abs().max() < 1e-5
 
 
 def test_the_shift_is_the_schedulers(tiny):
@@ -211,6 +214,9 @@ def test_autoencoder_equals_diffusers(tiny):
     assert codec.scale == tiny.scale
     assert torch.allclose(codec.encode(images), latents, rtol=0, atol=1e-5)
     assert torch.allclose(codec.decode(latents), decoded.clamp(-1, 1), rtol=0, atol=1e-5)
+    lazy = tiny.method(backbone=dict(codec=dict(lazy=True))).backbone.codec
+    assert not lazy.loaded and lazy.scale == codec.scale and not list(lazy.parameters())
+    assert torch.equal(lazy.decode(latents), codec.decode(latents)) and lazy.loaded
 
 
 # The network's parts that a backbone names

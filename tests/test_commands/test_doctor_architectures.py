@@ -210,6 +210,14 @@ def test_codec_of_an_architecture_from_outside_is_counted():
     assert report.problems == [] and report.part('VAE').parameters > 0
 
 
+def test_a_lazy_autoencoder_is_there_only_while_something_is_decoded():
+    reports = [diagnose(config(dict(type='AcmeCountedBackbone', pretrained='acme/acme-1', config=dict(TINY_SD3),
+                                    codec=dict(lazy=lazy)), image_size=16)) for lazy in (False, True)]
+    assert [any(part.name == 'VAE' for part in report.parts) for report in reports] == [True, False]
+    one, lazy = (report.activations['VAE, 1 image'] for report in reports)
+    assert lazy == one + reports[0].part('VAE').weights
+
+
 def test_repeated_blocks_are_diffusers_own():
     assert MODELS.build(dict(tiny_backbone(), type='AcmeCountedBackbone')).repeated_blocks == ('JointTransformerBlock',)
 

@@ -25,7 +25,7 @@ def test_a_role_of_a_plug_in_is_counted_with_its_optimizer(model, tmp_path):
     report = report_of(tmp_path, **model)
     assert report.problems == []
     head = parts(report)['discriminator']
-    numel = 4 * 8 * 9 + 8 + 8 * 16 + 1  # a convolution of 3x3 on 4 channels, a linear layer on 8 x 4 x 4
+    numel = 4 * 8 * 9 + 8 + 8 + 1  # a convolution of 3x3 on 4 channels, a linear layer on their means
     assert head.parameters == numel and head.weights == 4 * numel and head.gradients == 4 * numel
     assert 8 * numel <= head.optimizer <= 8 * numel + 64  # AdamW's two moments, and the steps
     # torch's default optimizers work on a copy of the gradients.

@@ -180,7 +180,7 @@ def test_a_file_that_is_there_is_left_alone(folder, capsys):
 
 def test_a_terminal_is_asked(folder, monkeypatch, capsys):
     """A slip of the hand is asked again; an empty answer is the default."""
-    answers = iter(['sd3-midium', 'sd3-medium', '', 'prompts.txt'])
+    answers = iter(['sd3-midium', 'sd3-medium', '', '', 'prompts.txt'])
     monkeypatch.setattr('builtins.input', lambda question: print(question) or next(answers))
     monkeypatch.setattr(sys.stdin, 'isatty', lambda: True, raising=False)
     assert call() == 0

@@ -9,6 +9,7 @@ from mmengine.dataset import default_collate
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from safetensors.torch import load_file
+from scale_support import Workers, run_command
 from tests_support import recording_optimizers, same_bits, tiny_method
 
 from cdm_plugin.cli import main
@@ -78,6 +79,24 @@ def test_a_run_goes_on_where_it_stopped(folder, tmp_path, capsys):
         same_bits(*(load_file(root / f'{name}.safetensors') for root in (stopped, folder)))
     pairs(stopped, '--seed', '1', status=2)
     assert 'holds other pairs (seed: 0 there, 1 here)' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_draw_the_same(folder, tmp_path):
+    out = tmp_path / 'shared'
+    shutil.copytree(folder, out)
+    arguments = ['pairs', DIGITS, '--out', str(out), '--num', '5', '--steps', '3', '--batch-size', '2',
+                 '--shard-size', '2', '--launcher', 'pytorch', '--cfg-options', 'train_dataloader.dataset.length=6']
+    for lost in (['00000', '00001', '00002'], ['00001'], []):
+        for name in lost:
+            (out / f'{name}.safetensors').unlink()
+        with Workers(run_command, arguments) as workers:
+            assert workers.wait(120) == [0, 0], workers.text()
+            assert f'5 pairs in {out}, shards of an earlier run: {3 - len(lost)}' in workers.text(0)
+            assert 'pairs in' not in workers.text(1)
+        for name in ('00000', '00001', '00002'):
+            same_bits(*(load_file(root / f'{name}.safetensors') for root in (out, folder)))
+        assert (out / 'pairs.json').read_text() == (folder / 'pairs.json').read_text()
 
 
 def test_unfinished_and_absent_folders(folder, tmp_path):

@@ -52,7 +52,7 @@ def test_jsonl_column(tmp_path, ascii_only):
     text = '\n\n'.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
     dataset = PromptDataset(ann_file=write(tmp_path / 'p.jsonl', text), column='caption')
     assert prompts(dataset) == [CAT, TEA]
-    assert dataset.get_data_info(0) == dict(rows[0], prompt=CAT, sample_idx=0)
+    assert dataset.get_data_info(0) == dict(rows[0], prompt=CAT, ann_line=1, sample_idx=0)
 
 
 def test_csv_column_with_quotes_commas_and_line_breaks(tmp_path):

@@ -5,10 +5,13 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from cache_support import toy_cfg
 from mmengine.registry import DATASETS
 from stream_support import CountedStream, counts, given, loader, readers, shards
 from torch.utils.data import DataLoader
 
+from cdm_plugin.data import cache_latents
+from cdm_plugin.data.pairs import dataset_of
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.data.stream import POSITION, Position
 
@@ -147,6 +150,18 @@ def test_arguments_are_checked():
                             (dict(share='rows'), "share must be 'shards' or 'samples'")):
         with pytest.raises(ValueError, match=message):
             DATASETS.build(dict(type='CountedStream', lengths=(1,), **kwargs))
+
+
+def test_a_stream_is_no_dataset_with_numbered_samples(tmp_path):
+    stream = dict(type='CountedStream', lengths=UNEVEN)
+    for wrapper in (dict(type='SkipBadRecords', dataset=stream),
+                    dict(type='WeightedMixDataset', sources=dict(one=dict(dataset=stream)))):
+        with pytest.raises(ValueError, match='mix datasets, not streams|a stream without numbers'):
+            DATASETS.build(wrapper)
+    with pytest.raises(ValueError, match='train_dataloader.dataset is a stream .*whose samples have no numbers'):
+        cache_latents(toy_cfg(dataset=stream), str(tmp_path / 'latents'))
+    with pytest.raises(ValueError, match='train_dataloader.dataset must have a length of 1 or more'):
+        dataset_of(toy_cfg(dataset=stream), 'train_dataloader.dataset')
 
 
 def test_a_spawned_worker_knows_its_rank():

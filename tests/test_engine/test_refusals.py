@@ -41,6 +41,8 @@ REFUSED = {
                            "optim_wrapper.type='AmpOptimWrapper' .* optim_wrapper.student.type; .*cdm train --amp"),
     'one optimizer': (dict(optim_wrapper=wrapper()), 'optim_wrapper needs constructor=.*: student, fake'),
     'no constructor': (dict(optim_wrapper=dict(student=wrapper(), fake=wrapper())), 'optim_wrapper needs constructor='),
+    'two averages': (dict(custom_hooks=[dict(type='mmengine.EMAHook'), dict(type='CDMHook')]), 'remove EMAHook, or'),
+    'no hook': (dict(custom_hooks=[dict(type='ValidationHook')]), r"custom_hooks needs dict\(type='CDMHook'\)"),
     'a sampler for a stream': (dict(train_dataloader=STREAM),
                                'train_dataloader.sampler must be None, because HFStream has an order of its own'),
     'no sampler for a stream': (
@@ -50,8 +52,6 @@ REFUSED = {
                            "dataset.type='HFStream' has no end, and train_cfg counts epochs"),
     'validation on a stream': (dict(val_dataloader=STREAM, val_cfg=dict(), val_evaluator=[]),
                                "val_dataloader.dataset.type='HFStream' has no end: take a dataset with a length"),
-    'two averages': (dict(custom_hooks=[dict(type='mmengine.EMAHook'), dict(type='CDMHook')]), 'remove EMAHook, or'),
-    'no hook': (dict(custom_hooks=[dict(type='ValidationHook')]), r"custom_hooks needs dict\(type='CDMHook'\)"),
     'epochs without end': (dict(train_cfg=dict(by_epoch=True, max_epochs=1)), "sampler.type='InfiniteSampler'")}
 
 

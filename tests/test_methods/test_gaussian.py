@@ -316,10 +316,11 @@ def test_teacher_sampled_in_many_steps_has_the_datas_distribution():
     assert mean < 0.03 and covariance < 0.03
 
 
-def test_published_recipe_matches_the_mixture_over_anchors():
+@pytest.mark.parametrize('iterations', [400, pytest.param(800, marks=pytest.mark.slow)])
+def test_published_recipe_matches_the_mixture_over_anchors(iterations):
     """A fake score that pools all anchors sees their mixture, which is matched; each anchor is on its way."""
     method = make_trainable('published')
-    logs = train(method, 800)
+    logs = train(method, iterations)
     assert logs['loss_ca'] == 0 and logs['loss_dm'] > 0 and logs['loss_cdm'] > 0
     assert max(pooled_errors(method)) < 0.12
     for steps in LEVELS:
@@ -327,10 +328,11 @@ def test_published_recipe_matches_the_mixture_over_anchors():
         assert mean < 0.5 and covariance < 0.35
 
 
-def test_consistent_recipe_matches_the_data_at_1_2_and_4_steps():
+@pytest.mark.parametrize('iterations', [600, pytest.param(1200, marks=pytest.mark.slow)])
+def test_consistent_recipe_matches_the_data_at_1_2_and_4_steps(iterations):
     """A fake score that knows the anchor matches each anchor's distribution, and so the samples of any grid."""
     method = make_trainable('consistent')
-    train(method, 1200)
+    train(method, iterations)
     for steps in LEVELS:
         mean, covariance = sample_errors(method, steps)
         assert mean < 0.15 and covariance < 0.15

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     Flux2Transformer2DModel,
+    FluxTransformer2DModel,
     Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -31,7 +32,7 @@ LONGCAT = dict(patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, a
 # Attention modules of each; SD3.5's first block has a second one.
 FLUX2 = dict(in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
              joint_attention_dim=8, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
-CALLS = dict(sd3=2, sd35=3, longcat=3, flux2=3)
+CALLS = dict(sd3=2, sd35=3, longcat=3, flux=3, flux2=3)
 ARCHITECTURES = tuple(CALLS)
 
 
@@ -55,6 +56,8 @@ def build(architecture, dtype=torch.float64, config=None):
     torch.manual_seed(0)
     if architecture == 'longcat':
         network = LongCatImageTransformer2DModel(**(config or LONGCAT))
+    elif architecture == 'flux':
+        network = FluxTransformer2DModel(**(config or LONGCAT))  # its dimensions have the same names
     elif architecture == 'flux2':
         network = Flux2Transformer2DModel(**(config or FLUX2))
     else:
@@ -73,7 +76,9 @@ def run(network, device='cpu'):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     kwargs = dict(timestep=torch.tensor([200.0, 700.0], device=device), return_dict=False)
-    if isinstance(unwrapped, (LongCatImageTransformer2DModel, Flux2Transformer2DModel)):
+    if isinstance(unwrapped, FluxTransformer2DModel):
+        kwargs['pooled_projections'] = randn(2, config.pooled_projection_dim)
+    if isinstance(unwrapped, (LongCatImageTransformer2DModel, FluxTransformer2DModel, Flux2Transformer2DModel)):
         axes = len(config.axes_dims_rope)
         ids = torch.arange(axes * 9.0, device=device).reshape(9, axes) % 5
         out = network(hidden_states=randn(2, 6, 4), encoder_hidden_states=randn(2, 3, config.joint_attention_dim),

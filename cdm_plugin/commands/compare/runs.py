@@ -191,7 +191,7 @@ def _read_event_scalars(events: EventAccumulator, part: Run) -> None:
                 part.scalars[name][event.step] = event.value
             elif trained is None or event.step in trained:
                 part.scalars[name].setdefault(event.step, event.value)  # training's comes first, then validation's
-        if '/' in name and not name.startswith('train/'):  # MMEngine puts a metric's prefix there
+        if '/' in name and not name.startswith(('train/', 'loss_', 'count/')):  # MMEngine puts a metric's prefix there
             part.metrics.add(name)
 
 

@@ -176,13 +176,16 @@ class _VAEOnMeta(VAECodec):
     report: Report
     published: dict[str, Any]
 
-    def load_vae(self, pretrained: str, subfolder: str, dtype: torch.dtype, **load_kwargs: Any) -> nn.Module:
+    def vae_config(self, pretrained: str, subfolder: str, **load_kwargs: Any) -> dict[str, Any]:
         folder = _folder(pretrained, self.report, load_kwargs)
-        config = self.published if folder is None else self.vae_class.load_config(folder, subfolder=subfolder)
-        if folder is not None:
-            _check_weights(folder / subfolder, self.report)
+        if folder is None:
+            return self.published
+        _check_weights(folder / subfolder, self.report)
+        return self.vae_class.load_config(folder, subfolder=subfolder)
+
+    def load_vae(self, pretrained: str, subfolder: str, dtype: torch.dtype, **load_kwargs: Any) -> nn.Module:
         with torch.device('meta'):
-            vae = self.vae_class.from_config(config)
+            vae = self.vae_class.from_config(self.vae_config(pretrained, subfolder, **load_kwargs))
         return nn.Module.to(vae, dtype)
 
 

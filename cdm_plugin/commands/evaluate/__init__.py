@@ -34,17 +34,13 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mmengine.dist import init_dist, is_distributed
-
     from cdm_plugin.commands.evaluate.entries import parse_entries
     from cdm_plugin.commands.evaluate.evaluation import evaluate
     from cdm_plugin.commands.evaluate.metrics import build_metrics
-    from cdm_plugin.engine.launch import start_processes, stop_processes
+    from cdm_plugin.engine.launch import join_processes, stop_processes
     entries = parse_entries(args.models, args.steps, args.teacher, args.teacher_steps, args.teacher_guidance_scale,
                             not args.no_ema, args.cfg_options)
-    start_processes(args.launcher)
-    if args.launcher != 'none' and not is_distributed():  # start_processes has started gloo where there is no GPU
-        init_dist(args.launcher)
+    join_processes(args.launcher)
     size = (args.height or args.width, args.width or args.height) if args.height or args.width else None
     done = evaluate(entries, args.prompts, build_metrics(args.metrics, entries), args.out, args.seed, args.batch_size,
                     size, args.num, column=args.column)

@@ -34,6 +34,7 @@ from cdm_plugin.data.embeddings.files import (
     write_index,
 )
 from cdm_plugin.data.embeddings.provenance import describe_difference, describe_encoder, index_differences
+from cdm_plugin.data.mix import WeightedMixDataset
 from cdm_plugin.data.stream import Stream
 from cdm_plugin.files import clear_parts
 from cdm_plugin.locks import held
@@ -68,7 +69,8 @@ class CacheReport:
 
 
 def cache_embeddings(cfg: Config, out: str, batch_size: int = 32, shard_size: int = 1024, dtype: str = 'bfloat16',
-                     device: str | None = None, dataset: str = 'train_dataloader.dataset') -> CacheReport:
+                     device: str | None = None, dataset: str = 'train_dataloader.dataset',
+                     prompts: list[str] | None = None) -> CacheReport:
     """Encodes every prompt of a config's dataset once, with the conditioner of its backbone.
 
     The folder then serves `EmbeddingDataset` and `EmbeddingConditioner`: shards `00000.safetensors` and so on, with
@@ -88,6 +90,7 @@ def cache_embeddings(cfg: Config, out: str, batch_size: int = 32, shard_size: in
         dtype (str): Of the embeddings in the files: 'bfloat16', 'float16' or 'float32'. Default 'bfloat16'.
         device (str, optional): Where the text encoders run. Default: MMEngine's choice.
         dataset (str): Key of the dataset in the config. Default 'train_dataloader.dataset'.
+        prompts (list[str], optional): Distinct prompts in the place of the dataset's.
 
     Returns:
         CacheReport: What was done.
@@ -106,15 +109,15 @@ def cache_embeddings(cfg: Config, out: str, batch_size: int = 32, shard_size: in
     backbone_cfg = _backbone_config(cfg)
     folder = Path(resolve(out))
     with held(folder, 'cdm cache'):
-        return _cache(cfg, backbone_cfg, folder, batch_size, shard_size, dtype, device, dataset)
+        return _cache(cfg, backbone_cfg, folder, batch_size, shard_size, dtype, device, dataset, prompts)
 
 
 def _cache(cfg: Config, backbone_cfg: dict[str, Any], folder: Path, batch_size: int, shard_size: int, dtype: str,
-           device: str | None, dataset: str) -> CacheReport:
+           device: str | None, dataset: str, prompts: list[str] | None) -> CacheReport:
     """`cache_embeddings` in a folder that is this process's own."""
     clear_parts(folder)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        prompts = read_prompts(cfg, dataset)
+        prompts = read_prompts(cfg, dataset) if prompts is None else prompts
         wanted = dict(version=INDEX_VERSION, prompts=dict(count=len(prompts), sha256=hash_prompts(prompts)),
                       shard_size=shard_size, dtype=dtype)
         index = _open_index(folder, wanted)  # before the text encoders are loaded, which takes minutes
@@ -124,7 +127,7 @@ def _cache(cfg: Config, backbone_cfg: dict[str, Any], folder: Path, batch_size: 
     null = encode.null()
     wanted.update(describe_encoder(backbone, backbone_cfg), fields=_describe_fields(null))
     if index is None:
-        index = dict(wanted, libraries=_library_versions(), shards=[])
+        index = dict(wanted, libraries=library_versions(), shards=[])
         folder.mkdir(parents=True, exist_ok=True)
         write_index(folder, index)
     else:
@@ -150,6 +153,29 @@ def read_prompts(cfg: Config, key: str) -> list[str]:
     Raises:
         ValueError: If there is no such dataset, it has embeddings, class labels or no prompts, or no length.
     """
+    dataset, _ = open_dataset(cfg, key)
+    if isinstance(dataset, WeightedMixDataset):
+        dataset = torch.utils.data.ConcatDataset(dataset.datasets)
+    prompts = dict.fromkeys(_prompt(sample, key) for sample in tqdm(
+        _every_sample(dataset, key), desc='reading prompts', unit='prompt', leave=False))
+    if not prompts:
+        raise ValueError(f'{key} holds no prompts')
+    twice = (islice(_every_sample(dataset, key), DRAWN_TWICE) for _ in range(2))
+    for i, (first, second) in enumerate(zip(*(map(_prompt, samples, repeat(key)) for samples in twice))):
+        if first != second:
+            raise ValueError(f'{key} draws its prompts: sample {i} is {_shorten(first)!r} once and '
+                             f'{_shorten(second)!r} the next time, and training would ask for prompts that are not in '
+                             'the cache: let PackInputs draw (a list of captions, template, dropout), whose prompts '
+                             'are all encoded, or write one caption a row')
+    return list(prompts)
+
+
+def open_dataset(cfg: Config, key: str) -> tuple[Any, Any]:
+    """A dataset of a config, without repetitions, and what the config says of it.
+
+    Raises:
+        ValueError: If there is no such dataset, or it has embeddings or latents.
+    """
     dataset_cfg: Any = cfg
     for part in key.split('.'):
         dataset_cfg = dataset_cfg.get(part) if isinstance(dataset_cfg, Mapping) or dataset_cfg is cfg else None
@@ -168,18 +194,7 @@ def read_prompts(cfg: Config, key: str) -> list[str]:
         raise
     while isinstance(dataset, RepeatDataset):
         dataset = dataset.dataset
-    prompts = dict.fromkeys(_prompt(sample, key) for sample in tqdm(
-        _every_sample(dataset, key), desc='reading prompts', unit='prompt', leave=False))
-    if not prompts:
-        raise ValueError(f'{key} holds no prompts')
-    twice = (islice(_every_sample(dataset, key), DRAWN_TWICE) for _ in range(2))
-    for i, (first, second) in enumerate(zip(*(map(_prompt, samples, repeat(key)) for samples in twice))):
-        if first != second:
-            raise ValueError(f'{key} draws its prompts: sample {i} is {_shorten(first)!r} once and '
-                             f'{_shorten(second)!r} the next time, and training would ask for prompts that are not in '
-                             'the cache: let PackInputs draw (a list of captions, template, dropout), whose prompts '
-                             'are all encoded, or write one caption a row')
-    return list(prompts)
+    return dataset, dataset_cfg.to_dict() if hasattr(dataset_cfg, 'to_dict') else dataset_cfg
 
 
 def _every_sample(dataset: Any, key: str) -> Iterator[Any]:
@@ -389,7 +404,7 @@ def _shorten(prompt: str) -> str:
     return prompt if len(prompt) <= 80 else f'{prompt[:80]}...'
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     versions = dict(cdm_plugin=__version__)
     for name in LIBRARIES:
         try:

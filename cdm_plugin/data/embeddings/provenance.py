@@ -119,8 +119,25 @@ def describe_encoder(backbone: Any, backbone_cfg: Mapping[str, Any]) -> dict[str
     return dict(encoder=_plain(encoder), source=_describe_source(encoder, cache_dir))
 
 
-def _describe_source(encoder: Mapping[str, Any], cache_dir: str | None) -> dict[str, Any]:
-    """Where the encoders' files are from: `commit` (None for a folder) and `files`, a digest by name.
+def describe_codec(codec: Any, load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`codec` and `source` of an index of latents."""
+    config = codec.to_config() or dict(type=type(codec).__name__)
+    return dict(codec=_plain(config), source=_describe_source(
+        config, load_kwargs.get('cache_dir'), (config.get('subfolder') or 'vae',)))
+
+
+def codec_differences(index: Mapping[str, Any], wanted: Mapping[str, Any], but: tuple[str, ...] = ()) -> list[str]:
+    """What differs between the codec of an index of latents and another one, but for the keys `but`; both as
+    `describe_codec` says it."""
+    compared = {*index['codec'], *wanted['codec']} - set(but)
+    return _encoder_differences(dict(encoder=index['codec'], source=index['source']), wanted['codec'], wanted['source'],
+                                compared)
+
+
+def _describe_source(encoder: Mapping[str, Any], cache_dir: str | None,
+                     parts: tuple[str, ...] = TEXT_PARTS) -> dict[str, Any]:
+    """Where the files in folders that begin with `parts` are from: `commit` (None for a folder) and `files`, a digest
+    by name.
 
     Nothing is downloaded; what is not on this machine is not described.
     """
@@ -130,7 +147,7 @@ def _describe_source(encoder: Mapping[str, Any], cache_dir: str | None) -> dict[
     folder, commit = Path(_absolute(pretrained)), None
     if not folder.is_dir():
         folder, commit = _hub_snapshot(pretrained, encoder.get('revision'), cache_dir)
-    return dict(commit=commit, files={} if folder is None else _digest_files(folder))
+    return dict(commit=commit, files={} if folder is None else _digest_files(folder, parts))
 
 
 def _hub_snapshot(repo: str, revision: str | None, cache_dir: str | None) -> tuple[Path | None, str | None]:
@@ -146,9 +163,9 @@ def _hub_snapshot(repo: str, revision: str | None, cache_dir: str | None) -> tup
     return None, None
 
 
-def _digest_files(folder: Path) -> dict[str, str]:
-    parts = [part for part in folder.iterdir() if part.is_dir() and part.name.startswith(TEXT_PARTS)]
-    files = [file for part in parts for file in part.rglob('*')] or list(folder.iterdir())
+def _digest_files(folder: Path, parts: tuple[str, ...]) -> dict[str, str]:
+    folders = [part for part in folder.iterdir() if part.is_dir() and part.name.startswith(parts)]
+    files = [file for part in folders for file in part.rglob('*')] or list(folder.iterdir())
     return {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files)
             if file.is_file() and file.suffix != '.md' and not file.name.startswith('.')}
 
