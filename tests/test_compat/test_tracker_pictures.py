@@ -21,9 +21,9 @@ def test_mlflow_gets_a_picture_under_its_name_and_step(tmp_path):
 
 
 def test_bars_are_as_high_as_their_counts():
-    picture = bars([0, 1, 2, 4], width=3, height=8)
+    picture = bars(np.array([0, 1, 2, 4]), width=3, height=8)
     assert picture.shape == (8, 12, 3) and picture.dtype == np.uint8
     filled = (picture != 255).all(2)
     assert filled.sum(0).tolist() == [0] * 3 + [2] * 3 + [4] * 3 + [8] * 3
     assert filled[-1, 3:].all() and not filled[:-2, :6].any()
-    assert not (bars([0, 0]) != 255).any()
+    assert not (bars(np.array([0, 0])) != 255).any()
