@@ -110,7 +110,7 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
     root = Path(resolve(out))
     with held(root, 'cdm cache'), DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         source, source_cfg = open_dataset(cfg, dataset)
-        if not hasattr(source, '__len__'):
+        if isinstance(source, IterableDataset) or not hasattr(source, '__len__'):
             raise ValueError(f'{dataset} is a stream without a length, whose samples have no numbers: name a dataset '
                              'with a length')
         if isinstance(source, WeightedMixDataset):
