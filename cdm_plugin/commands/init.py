@@ -25,13 +25,11 @@ TYPES = {'cdm-consistent': 'CDM', 'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD',
 DATA = {
     'prompts.txt': 'a prompt a line',
     'prompts.jsonl': 'an object a line, or a csv file; --column names the prompts, --images the folder of its pictures',
-    'FOLDER': 'pictures, with one jsonl or csv file of their captions',
+    'FOLDER': 'pictures, with one jsonl or csv file of their captions, or a txt file beside each',
     'labels': 'of models that take class labels: all of them alike',
     'digits.npz': 'of models that take class labels: arrays `images` and `labels`'}
 # These learn from pictures; the others need what the model is told alone.
 PICTURES = ('dmd2-gan', 'flow-matching')
-# Guidance-distilled networks, whose recipes have no guidance to keep consistent.
-EMBEDDED = ('flux-dev', 'flux2-dev')
 LABELLED = 'sd3-digits'
 SUFFIXES = ('.txt', '.jsonl', '.csv')
 PROMPT_COLUMNS = ('prompt', 'caption', 'text')
@@ -102,7 +100,10 @@ def _starts() -> dict[str, list[Recipe]]:
 
 
 def _methods(model: str) -> dict[str, str]:
-    return {name: line for name, line in METHODS.items() if name != 'cdm-consistent' or model not in EMBEDDED}
+    # Guidance-distilled networks have no guidance to keep consistent, and no recipe that does.
+    consistent = model == LABELLED or any((recipe.model, recipe.method) == (model, 'cdm-consistent')
+                                          for recipe in recipes())
+    return {name: line for name, line in METHODS.items() if name != 'cdm-consistent' or consistent}
 
 
 def _choices() -> str:
@@ -183,6 +184,8 @@ def _data(args: argparse.Namespace) -> Data:
         raise FileNotFoundError(f'--data {args.data!r} does not exist{hint} {args.model} takes texts: a txt, jsonl or '
                                 'csv file of prompts, or a folder of pictures with captions')
     file = _captions(path) if path.is_dir() else path
+    if file is None:
+        return _beside(path, pictures)
     if file.suffix.lower() not in SUFFIXES:
         raise ValueError(f'--data {args.data!r}: {args.model} takes texts, from a {", ".join(SUFFIXES)} file')
     return _texts(args, file, path if path.is_dir() else file.parent, pictures)
@@ -200,13 +203,21 @@ def _labelled(data: str, pictures: bool) -> Data:
     return Data(dict(_delete_=True, type='ImageLabelDataset', data_file=data), 'Your pictures and their labels')
 
 
-def _captions(folder: Path) -> Path:
+def _captions(folder: Path) -> Path | None:
+    """The file of captions in a folder; None if each picture has its own beside it."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES[1:])
-    if len(found) != 1:
-        has = f'has {", ".join(path.name for path in found)}' if found else 'has none'
-        raise ValueError(f'--data {str(folder)!r} must hold one jsonl or csv file of captions, {{"image": "0001.png", '
-                         f'"caption": "a red fox"}} a line, but {has}; --data takes the file itself too')
-    return found[0]
+    if len(found) > 1:
+        raise ValueError(f'--data {str(folder)!r} has {", ".join(path.name for path in found)}: give the one with the '
+                         'captions, {"image": "0001.png", "caption": "a red fox"} a line')
+    return found[0] if found else None
+
+
+def _beside(folder: Path, pictures: bool) -> Data:
+    pack = dict(type='PackInputs', **(dict(image='image') if pictures else {}))
+    return Data(dict(_delete_=True, type='ImageCaptionFolder', data_root=str(folder),
+                     pipeline=[pack, *([dict(type='ResizeCrop', sizes=1024)] if pictures else [])]),
+                'Your pictures, brought to the size of `model.image_size`, with the captions beside them' if pictures
+                else 'The captions beside your pictures, which this method does not need')
 
 
 def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> Data:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
+from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.embeddings.files import (
     EmbeddingReader,
     check_shards,
@@ -30,6 +31,8 @@ from cdm_plugin.secrets import without_secrets
 
 INDEX = 'pairs.json'
 VERSION = 1
+# Samples that are read to see whether their prompts are drawn.
+LOOKED_AT = 8
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
@@ -122,6 +125,10 @@ def dataset_of(cfg: Any, key: str) -> Any:
         dataset.full_init()
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__') or not len(dataset):
         raise ValueError(f'{key} must have a length of 1 or more, so that pair i is of sample i')
+    for i in range(min(LOOKED_AT, len(dataset))):
+        if len(list(every_variant(lambda: dataset[i]))) > 1:
+            raise ValueError(f'{key} draws its prompts, and a pair is of one: leave several captions, template and '
+                             'dropout of PackInputs out')
     return dataset
 
 

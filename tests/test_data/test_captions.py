@@ -13,6 +13,7 @@ from source_support import write_rows, write_tars
 from cdm_plugin.conditioners import EmbeddingConditioner
 from cdm_plugin.data import EmbeddingDataset, PackInputs, cache_embeddings
 from cdm_plugin.data.captions import VISIT, every_variant
+from cdm_plugin.data.pairs import dataset_of
 
 SEVERAL = ['a fox', 'a red fox', 'an animal']
 
@@ -135,6 +136,14 @@ def test_a_stream_is_cached_in_one_pass(kind, tmp_path):
     assert {dataset[i]['prompt'] for i in range(7)} == {'', *(f'{c}{i}' for i in range(3) for c in 'ab')}
     report = cache_embeddings(cfg, str(tmp_path / 'out'), device='cpu')
     assert report.reused_shards == report.shards == 1
+
+
+def test_pairs_are_of_one_prompt_each(tmp_path):
+    cfg = toy_cfg(dataset=dict(type='PromptDataset', ann_file=captions_file(tmp_path), indices=2))
+    with pytest.raises(ValueError, match='train_dataloader.dataset draws its prompts, and a pair is of one'):
+        dataset_of(cfg, 'train_dataloader.dataset')
+    cfg.train_dataloader.dataset.column = 'prompt.0'
+    assert len(dataset_of(cfg, 'train_dataloader.dataset')) == 2
 
 
 def test_what_another_transform_draws_is_refused_still(tmp_path):

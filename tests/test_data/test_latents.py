@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from acme_plugin import config
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from PIL import Image
@@ -23,6 +24,18 @@ from cdm_plugin.data.latents.files import read_rows
 
 SIZES = [(16, 16), (24, 16)]
 PROMPTS = ['a fox', 'a cat', 'a fox', 'ships', 'x', 'a red fox', 'dogs']
+
+
+@DATASETS.register_module()
+class LatentTestCaptions(BaseDataset):
+    """Pictures with several captions each."""
+
+    def __init__(self, captions, **kwargs):
+        self.captions = captions
+        super().__init__(**kwargs)
+
+    def load_data_list(self):
+        return [dict(prompt=captions, image=torch.full((1, 8, 8), i / 10)) for i, captions in enumerate(self.captions)]
 
 
 @pytest.fixture(scope='module')
@@ -98,6 +111,21 @@ def test_views_are_what_the_pipeline_draws(model, rows, tmp_path):
     assert sum(torch.equal(other[i]['latents'], dataset[i]['latents']) for i in range(21)) < 21
     with pytest.raises(ValueError, match='the 2 views of a sample of train_dataloader.dataset are all the same'):
         cache_latents(make_config(model, rows), str(tmp_path / 'c'), views=2)
+
+
+def test_captions_are_still_drawn_from_latents(tmp_path):
+    captions = [['a fox', 'ein Fuchs'], ['a cat']]
+    cfg = Config(dict(model=dict(backbone=tiny_backbone()), train_dataloader=dict(dataset=dict(
+        type='LatentTestCaptions', captions=captions, pipeline=[dict(
+            type='PackInputs', template=['{}', 'a photo of {}'], dropout=0.2)]))))
+    report = cache_latents(cfg, str(tmp_path), device='cpu')
+    assert report.prompts == ['a fox', 'a photo of a fox', 'ein Fuchs', 'a photo of ein Fuchs', '', 'a cat',
+                              'a photo of a cat']
+    dataset = LatentDataset(data_root=str(tmp_path))
+    drawn = [{dataset[i]['prompt'] for _ in range(100)} for i in range(2)]
+    assert drawn == [set(report.prompts[:4]), set(report.prompts[5:])]
+    dropped = LatentDataset(data_root=str(tmp_path), pipeline=[dict(type='PackInputs', dropout=0.5)])
+    assert {dropped[1]['prompt'] for _ in range(100)} == {'', *drawn[1]}
 
 
 def test_an_interrupted_run_goes_on(model, rows, tmp_path, monkeypatch):
