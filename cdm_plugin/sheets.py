@@ -52,6 +52,22 @@ def labelled_grid(rows: dict[str, Tensor], min_side: int = 48, max_side: int = S
     return np.asarray(sheet)
 
 
+def bars(counts: np.ndarray, width: int = 8, height: int = 120) -> np.ndarray:
+    """A bar chart as a picture, the highest bar as high as the picture.
+
+    Args:
+        counts (ndarray): Of the bars, from left to right, (N,).
+        width (int): Of a bar in pixels. Default 8.
+        height (int): Of the picture in pixels. Default 120.
+
+    Returns:
+        ndarray: uint8 RGB, (height, width * number of bars, 3).
+    """
+    tops = np.rint(counts * height / max(1, counts.max())).astype(int)
+    filled = np.repeat(np.arange(height)[::-1, None] < tops, width, axis=1)
+    return np.where(filled[..., None], np.array([31, 119, 180], np.uint8), np.uint8(255))
+
+
 def save_png(pixels: np.ndarray, path: str | Path) -> Path:
     """Writes uint8 pixels, RGB (H, W, 3) or gray (H, W), whole or not at all; makes the folder, returns the path."""
     path = Path(path)

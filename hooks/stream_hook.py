@@ -51,7 +51,7 @@ class StreamHook(Hook):
         if self._saved is not None:
             self._go_on(runner.train_loop, loader)
 
-    def _go_on(self, loop: Any, loader: DataLoader) -> None:
+    def _go_on(self, loop: Any, loader: Any) -> None:
         saved, self._saved = self._saved, None
         for key, value in _shape(loader).items():
             if saved[key] != value:
@@ -112,7 +112,7 @@ SAYS = dict(source='train_dataloader.dataset', ranks='the number of processes', 
             seed='train_dataloader.dataset.seed')
 
 
-def _shape(loader: DataLoader) -> dict[str, Any]:
+def _shape(loader: Any) -> dict[str, Any]:
     """What positions depend on."""
     stream = cast(Any, loader.dataset)
     return dict(source=stream.fingerprint, ranks=get_world_size(), workers=max(1, loader.num_workers),

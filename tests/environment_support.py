@@ -51,9 +51,11 @@ class Environment:
     def pip_install(self, *arguments: object) -> None:
         pip('--python', self.bin / 'python', 'install', '--no-deps', '--no-index', '--no-build-isolation', *arguments)
 
-    def install_from_index(self, *requirements: str) -> None:
-        """Installs distributions without what they require. Skips the test if the package index cannot be reached."""
-        options = ('--disable-pip-version-check', '-q', '--no-deps', '--retries', '1', '--timeout', '20')
+    def install_from_index(self, *requirements: str, whole: bool = False) -> None:
+        """Installs distributions, without what they require, or `whole`: with it, and none of the pinned versions
+        changed. Skips the test if the package index cannot be reached."""
+        needs = ('-c', ROOT / 'constraints.txt') if whole else ('--no-deps',)
+        options = ('--disable-pip-version-check', '-q', *needs, '--retries', '1', '--timeout', '20')
         done = subprocess.run([sys.executable, '-m', 'pip', '--python', self.bin / 'python', 'install', *options,
                                *requirements], capture_output=True, text=True, timeout=300)
         if done.returncode and 'from versions: none' in done.stderr:  # of one that is there pip lists the versions

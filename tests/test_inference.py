@@ -166,6 +166,15 @@ def test_a_method_keeps_its_own_defaults(tmp_path):
     assert torch.equal(saved.images(method), saved.images())
 
 
+@pytest.mark.parametrize('type, rollout', [('CDM', 'renoise'), ('FlowMatching', 'ode')])
+def test_a_student_alone_steps_as_its_method_does(type, rollout, tmp_path):
+    """A teacher's training leaves the setting aside."""
+    saved = Saved(tmp_path, type=type, rollout='renoise')
+    method = saved.load()
+    assert method.__class__ is DiffusionModel and method.rollout == saved.method.rollout == rollout
+    assert torch.equal(saved.images(method), saved.images())
+
+
 def test_every_setting_that_goes_with_a_checkpoint_is_taken_from_it(tmp_path, monkeypatch):
     saved = Saved(tmp_path)
     monkeypatch.setattr(inference, 'TRAINED_KEYS', (*inference.TRAINED_KEYS, 'fake_sigma', 'image_size'))

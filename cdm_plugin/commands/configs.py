@@ -85,7 +85,7 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 def add_arguments(parser: CommandParser) -> None:
     known = recipes()
     folders = {recipe.name.partition('/')[0] for recipe in known}
-    for key, what in (('model', 'sd3-medium, flux2'), ('method', 'cdm, cdm-consistent, dmd2'),
+    for key, what in (('model', 'z-image, large'), ('method', 'cdm, cdm-consistent, dmd2'),
                       ('scale', 'lora, 1gpu, 8gpus, zero3, offload')):
         names = {word for recipe in known for word in words(getattr(recipe, key))}
         parser.add_argument(f'--{key}', type=one_of(names | (folders if key == 'model' else set())),

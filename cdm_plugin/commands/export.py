@@ -17,7 +17,7 @@ def add_arguments(parser: CommandParser) -> None:
                         help="of the files; default: the network's own, float32 with --fuse")
     parser.add_argument('--fuse', action='store_true', help='a whole pipeline, the adapters added to its weights')
     parser.add_argument('--sd-scripts', action='store_true',
-                        help='a LoRA file of SD3 or Flux.1 as sd-scripts names it, too')
+                        help='the LoRA file as sd-scripts names it, too, where that knows the model')
     parser.add_argument('--prompts', nargs='+', help='images of these for the model card; or a file of prompts')
     parser.add_column()
     parser.add_argument('--out', required=True, help='folder to write')

@@ -30,15 +30,10 @@ DATA = {
     'digits.npz': 'of models that take class labels: arrays `images` and `labels`'}
 # These learn from pictures; the others need what the model is told alone.
 PICTURES = ('dmd2-gan', 'flow-matching')
-# Guidance-distilled networks, whose recipes have no guidance to keep consistent.
-EMBEDDED = ('flux-dev', 'flux2-dev')
 LABELLED = 'sd3-digits'
 SUFFIXES = ('.txt', '.jsonl', '.csv')
 PROMPT_COLUMNS = ('prompt', 'caption', 'text')
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
-RESIZE = dict(type='ResizeCrop', sizes=1024)
-RESIZED = 'Your pictures, brought to the size of `model.image_size`, with their captions'
-LEFT_OUT = '; their pictures are left out, since this method needs none'
 
 
 @dataclass
@@ -105,7 +100,10 @@ def _starts() -> dict[str, list[Recipe]]:
 
 
 def _methods(model: str) -> dict[str, str]:
-    return {name: line for name, line in METHODS.items() if name != 'cdm-consistent' or model not in EMBEDDED}
+    # Guidance-distilled networks have no guidance to keep consistent, and no recipe that does.
+    consistent = model == LABELLED or any((recipe.model, recipe.method) == (model, 'cdm-consistent')
+                                          for recipe in recipes())
+    return {name: line for name, line in METHODS.items() if name != 'cdm-consistent' or consistent}
 
 
 def _choices() -> str:
@@ -185,9 +183,9 @@ def _data(args: argparse.Namespace) -> Data:
         hint = f'; did you mean {str(path.with_name(near[0]))!r}?' if near else ''
         raise FileNotFoundError(f'--data {args.data!r} does not exist{hint} {args.model} takes texts: a txt, jsonl or '
                                 'csv file of prompts, or a folder of pictures with captions')
-    if path.is_dir() and _has_texts_beside(path):
-        return _folder(path, pictures)
     file = _captions(path) if path.is_dir() else path
+    if file is None:
+        return _beside(path, pictures)
     if file.suffix.lower() not in SUFFIXES:
         raise ValueError(f'--data {args.data!r}: {args.model} takes texts, from a {", ".join(SUFFIXES)} file')
     return _texts(args, file, path if path.is_dir() else file.parent, pictures)
@@ -205,31 +203,21 @@ def _labelled(data: str, pictures: bool) -> Data:
     return Data(dict(_delete_=True, type='ImageLabelDataset', data_file=data), 'Your pictures and their labels')
 
 
-def _has_texts_beside(folder: Path) -> bool:
-    """Whether pictures have their captions beside them, and no table does."""
-    from cdm_plugin.data.image_caption_folder import pictures_in
-    first = next(pictures_in(folder), None)
-    return first is not None and first.with_suffix('.txt').is_file() and not _tables(folder)
+def _captions(folder: Path) -> Path | None:
+    """The file of captions in a folder; None if each picture has its own beside it."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES[1:])
+    if len(found) > 1:
+        raise ValueError(f'--data {str(folder)!r} has {", ".join(path.name for path in found)}: give the one with the '
+                         'captions, {"image": "0001.png", "caption": "a red fox"} a line')
+    return found[0] if found else None
 
 
-def _folder(folder: Path, pictures: bool) -> Data:
-    pipeline = [dict(type='PackInputs', image='image'), RESIZE] if pictures else [dict(type='PackInputs')]
-    return Data(dict(_delete_=True, type='ImageCaptionFolder', data_root=str(folder), pipeline=pipeline),
-                RESIZED if pictures else f'Your captions{LEFT_OUT}')
-
-
-def _tables(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES[1:])
-
-
-def _captions(folder: Path) -> Path:
-    found = _tables(folder)
-    if len(found) != 1:
-        has = f'has {", ".join(path.name for path in found)}' if found else 'has none'
-        raise ValueError(f'--data {str(folder)!r} must hold one jsonl or csv file of captions, {{"image": "0001.png", '
-                         f'"caption": "a red fox"}} a line, or a txt file beside each picture, but {has}; --data '
-                         'takes the file itself too')
-    return found[0]
+def _beside(folder: Path, pictures: bool) -> Data:
+    pack = dict(type='PackInputs', **(dict(image='image') if pictures else {}))
+    return Data(dict(_delete_=True, type='ImageCaptionFolder', data_root=str(folder),
+                     pipeline=[pack, *([dict(type='ResizeCrop', sizes=1024)] if pictures else [])]),
+                'Your pictures, brought to the size of `model.image_size`, with the captions beside them' if pictures
+                else 'The captions beside your pictures, which this method does not need')
 
 
 def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> Data:
@@ -245,7 +233,8 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
     named = {} if column == 'prompt' else dict(column=column)
     if not pictures:
         images = any(_is_image(value) for value in row.values())
-        return Data(dict(ann_file=str(file), **named), f'Your prompts{LEFT_OUT if images else ""}')
+        return Data(dict(ann_file=str(file), **named), 'Your prompts' + (
+            '; their pictures are left out, since this method needs none' if images else ''))
     image = args.image_column or _column(row, [name for name, value in row.items() if _is_image(value)],
                                          '--image-column')
     if image not in row:
@@ -256,7 +245,8 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
         raise FileNotFoundError(f'{file}: its first picture, {row[image]!r}, is not in '
                                 f'{" or ".join(map(str, places))}; --images names its folder')
     return Data(dict(ann_file=str(file), data_root='', **named, data_prefix={image: str(place)},
-                     pipeline=[dict(type='PackInputs', image=image), RESIZE]), RESIZED)
+                     pipeline=[dict(type='PackInputs', image=image), dict(type='ResizeCrop', sizes=1024)]),
+                'Your pictures, brought to the size of `model.image_size`, with their captions')
 
 
 def _is_image(value: Any) -> bool:

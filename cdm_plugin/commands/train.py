@@ -44,7 +44,7 @@ def _train(args: argparse.Namespace) -> None:
     from cdm_plugin.config import load_config, naming_parts
     from cdm_plugin.data.sample import SampleError
     from cdm_plugin.engine.launch import is_lost_connection, start_processes, stop_processes
-    from cdm_plugin.engine.refusals import missing_hook, refusals
+    from cdm_plugin.engine.refusals import add_missing_hook, refusals
     from cdm_plugin.errors import USER_ERRORS, Stopped
     from cdm_plugin.files import full_disk
     from cdm_plugin.locks import take
@@ -52,7 +52,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.amp:
         cfg.optim_wrapper.update({role: dict(wrapper, type='AmpOptimWrapper', dtype='bfloat16')
                                   for role, wrapper in cfg.optim_wrapper.items() if isinstance(wrapper, dict)})
-    for refusal in (*refusals(cfg, 1 if args.launcher == 'none' else 2), *missing_hook(cfg)):
+    added = add_missing_hook(cfg)
+    for refusal in refusals(cfg, 1 if args.launcher == 'none' else 2):
         raise ValueError(refusal)
     cfg.launcher = args.launcher
     start_processes(args.launcher, cfg.get('env_cfg'))
@@ -64,6 +65,8 @@ def _train(args: argparse.Namespace) -> None:
     stock = Runner if cfg.get('strategy') is None else FlexibleRunner
     with naming_parts(cfg):
         runner = stock.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    for line in added:
+        print_log(line, 'current', logging.WARNING)
     for handler in runner.logger.handlers:
         if isinstance(handler, logging.FileHandler) and not args.verbose:
             print_log(f'the whole log, with the config and the machine: {handler.baseFilename}', 'current')

@@ -14,6 +14,7 @@
 - workers of a dataloader outlive signals that are meant for the process that trains,
 - its strategies build the schedules of several optimizers,
 - resume runs no program that a checkpoint carries (`meta['config']`),
+- MLflowVisBackend takes pictures of any name, and keeps them by step,
 - recipes of this package resolve: `cdm_plugin::sd3/x.py`, and `from cdm_plugin.configs.sd3.x import *` in `read_base`.
 
 `pack_message_hub`, `unpack_message_hub` and `plain` keep what a run saves loadable in this way.
@@ -29,6 +30,7 @@ from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 from mmengine.runner import FlexibleRunner, _flexible_runner, runner
 
+from cdm_plugin.compat.backends import mend_backends
 from cdm_plugin.compat.checkpoint_hook import repair_checkpoint_hook
 from cdm_plugin.compat.checkpoints import (
     load_without_program,
@@ -68,6 +70,7 @@ def apply() -> None:
         FlexibleRunner.from_cfg = classmethod(flexible_runner_from_cfg)
     mend_runners()
     shield_workers()
+    mend_backends()
     if BaseStrategy._build_param_scheduler is _stock_build_param_scheduler:
         BaseStrategy._build_param_scheduler = build_param_scheduler
     add_recipes()

@@ -48,7 +48,7 @@ class ImageCaptionFolder(BaseDataset):
         if not root.is_dir():
             raise FileNotFoundError(f'`data_root` {root} is no folder: give one with pictures')
         samples = []
-        for path in pictures_in(root):
+        for path in _pictures(root):
             try:
                 samples.append(self._sample(path))
             except (ValueError, FileNotFoundError) as error:
@@ -88,8 +88,7 @@ class ImageCaptionFolder(BaseDataset):
             raise ValueError(f'{file} is not JSON ({error})') from None
 
 
-def pictures_in(root: Path) -> Iterator[Path]:
-    """The pictures in a folder and those below it, but for hidden ones."""
+def _pictures(root: Path) -> Iterator[Path]:
     seen: set[str] = set()  # a link may lead back
     for folder, folders, files in os.walk(root, followlinks=True):
         if os.path.realpath(folder) in seen:

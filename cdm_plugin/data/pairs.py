@@ -31,6 +31,8 @@ from cdm_plugin.secrets import without_secrets
 
 INDEX = 'pairs.json'
 VERSION = 1
+# Samples that are read to see whether their prompts are drawn.
+LOOKED_AT = 8
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
@@ -65,7 +67,7 @@ class PairDataset(Dataset):
     """The samples of a dataset, each with its pair: `pair_noise` and `pair_latents`, (C, h, w).
 
     Pair i is of sample i; if there are more pairs than samples, these begin again. Whatever the samples hold stays
-    (prompts, embeddings, pictures). Where `PackInputs` draws captions, a sample has the one that its pair was made for.
+    (prompts, embeddings, pictures).
 
     Args:
         dataset (dict): The dataset for which `cdm pairs` made them.
@@ -102,9 +104,6 @@ class PairDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         path, row, prompt = self.rows[index]
         sample = Sample(self.dataset[index % len(self.dataset)])
-        if str(sample.get('prompt', '')) != prompt:  # another of its captions may be drawn than for the pair
-            variants = every_variant(lambda: Sample(self.dataset[index % len(self.dataset)]))
-            sample = next((other for other in variants if other.get('prompt') == prompt), sample)
         if str(sample.get('prompt', '')) != prompt:
             raise SampleError(f'pair {index} of {Path(path).parent} was made for {prompt[:80]!r}, but the dataset has '
                               f'{str(sample.get("prompt", ""))[:80]!r} there: give the dataset that `cdm pairs` had')
@@ -126,6 +125,10 @@ def dataset_of(cfg: Any, key: str) -> Any:
         dataset.full_init()
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__') or not len(dataset):
         raise ValueError(f'{key} must have a length of 1 or more, so that pair i is of sample i')
+    for i in range(min(LOOKED_AT, len(dataset))):
+        if len(list(every_variant(lambda: dataset[i]))) > 1:
+            raise ValueError(f'{key} draws its prompts, and a pair is of one: leave several captions, template and '
+                             'dropout of PackInputs out')
     return dataset
 
 

@@ -1,5 +1,5 @@
 """What of MMEngine does not go with the methods, and the key to use in its place."""
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 from mmengine._strategy import SingleDeviceStrategy
@@ -92,12 +92,16 @@ def _has(value: Any, kind: type) -> bool:
     return isinstance(value, (list, tuple)) and any(_has(child, kind) for child in value)
 
 
-def missing_hook(cfg: Mapping[str, Any]) -> Iterator[str]:
-    """The same of a config without CDMHook, for commands: a program may register hooks of its own."""
+def add_missing_hook(cfg: MutableMapping[str, Any]) -> list[str]:
+    """Adds CDMHook to a config that forgot it, and says so in a line; for commands: a program may register hooks of its
+    own, and has the method's error without it."""
     from cdm_plugin.hooks import CDMHook, IterationHook
-    if is_type(cfg.get('model'), DiffusionModel, MODELS) and not any(
-            _is_hook(hook, (CDMHook, IterationHook)) for hook in cfg.get('custom_hooks') or ()):
-        yield "custom_hooks needs dict(type='CDMHook')"
+    hooks = cfg.get('custom_hooks') or ()
+    if not is_type(cfg.get('model'), DiffusionModel, MODELS) or any(
+            _is_hook(hook, (CDMHook, IterationHook)) for hook in hooks):
+        return []
+    cfg['custom_hooks'] = [*hooks, dict(type='CDMHook')]
+    return ["custom_hooks has no CDMHook: commands add it, a runner of your own needs dict(type='CDMHook') there"]
 
 
 def lost_gradients(method: DiffusionModel, wrappers: Mapping[str, Any], interval: int) -> Iterator[str]:

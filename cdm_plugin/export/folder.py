@@ -126,7 +126,7 @@ def check_export(method: DiffusionModel, folder: str | Path, dtype: str | None =
     backbone, folder = method.backbone, Path(folder)
     if sd_scripts and (method.lora is None or fuse or not backbone.sd_scripts_layers):
         what = 'whole weights' if method.lora is None or fuse else f'of a {type(backbone).__name__}'
-        raise ValueError('sd_scripts=True (--sd-scripts) writes LoRA files of SD3 and Flux.1, which sd-scripts knows, '
+        raise ValueError('sd_scripts=True (--sd-scripts) writes LoRA files of models that sd-scripts knows, '
                          f'but this export is {what}')
     if fuse and method.lora is None:
         raise ValueError('fuse=True adds the adapters of model.lora to the weights, but this model has none')

@@ -1,4 +1,8 @@
-"""The anchor-aware fake score: a network that is told at which anchor the student's x0 was predicted."""
+"""The anchor-aware fake score: a network that is told at which anchor the student's x0 was predicted.
+
+NCVSD (arXiv 2506.09416) tells its own that too, and the noisy input; TDM (2503.06674) needs no telling, because each
+step has noise levels of its own.
+"""
 import contextlib
 from collections.abc import Iterator
 from typing import Any

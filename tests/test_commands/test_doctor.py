@@ -414,12 +414,13 @@ def test_expected_calls_are_the_mean_of_many_draws(ranks, monkeypatch):
 
 
 @pytest.mark.parametrize('model', [
-    dict(type='CDM'), dict(type='DecoupledDMD'), dict(type='DMD2'), dict(type='CDM', max_batch_per_call=4),
+    dict(type='CDM'), dict(type='DecoupledDMD'), dict(type='DMD2'), dict(type='TDM'),
+    dict(type='CDM', max_batch_per_call=4),
     dict(type='CDM', losses=dict(cdm=dict(guided=True)), student_every=3),
     dict(type='CDM', fake_steps=3, student_every=2),
     dict(type='CDM', fake_steps=2, losses=dict(gan=dict(type='GANLoss', width=8))),
     dict(type='DMD2', losses=dict(gan=dict(type='GANLoss', width=8, r1=1.0)))],
-    ids=['CDM', 'DecoupledDMD', 'DMD2', 'limited', 'guided', 'fake steps', 'GAN', 'GAN with R1'])
+    ids=['CDM', 'DecoupledDMD', 'DMD2', 'TDM', 'limited', 'guided', 'fake steps', 'GAN', 'GAN with R1'])
 def test_expected_calls_are_those_of_real_iterations(model, labels):
     """Over a whole cycle, where the anchors alone are left to chance: a grid of one level has none."""
     method = tiny_method(time_grid=dict(type='FixedTimeGrid', sigmas=[1.0]), **model)
@@ -433,7 +434,7 @@ def test_expected_calls_are_those_of_real_iterations(model, labels):
     expected = expected_calls(method, batch, 1)
     assert expected.cycle == method.student_every
     for ours, theirs in ((expected.calls, calls), (expected.samples, samples)):
-        assert {k: n * method.student_every for k, n in ours.items()} == pytest.approx(dict(theirs))
+        assert {k: n * method.student_every for k, n in ours.items() if n} == pytest.approx(dict(theirs))
 
 
 def test_the_cost_of_a_cycle_is_the_one_of_the_table():

@@ -22,7 +22,8 @@ from cdm_plugin.conditioners import Conditioner, Encoder, PipelineConditioner
 
 PACKAGE = Path(cdm_plugin.__file__).parent
 # The format of LoRA files has the name of the pipeline that it came with, and an exported card speaks of that pipeline.
-ELSEWHERE = {'roles/lora.py': {'SD3LoraLoaderMixin'}, 'export/card.py': {'StableDiffusion3Pipeline'}}
+ELSEWHERE = {'roles/lora.py': {'SD3LoraLoaderMixin'}, 'commands/init.py': {'sd3'},  # the digits' recipe
+             'export/card.py': {'StableDiffusion3Pipeline', 'FluxGuidance'}}  # a node of ComfyUI
 
 
 def config(backbone, **model):

@@ -29,9 +29,6 @@ def folder(tmp_path, monkeypatch):
         Image.new('RGB', (24, 20), 'teal').save(f'mine/images/{name}')
     rows = [dict(caption='a red fox', image='a.png', source='web'), dict(caption='dogs and birds', image='b.png')]
     Path('mine/captions.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    Path('beside/more').mkdir(parents=True)
-    Image.new('RGB', (24, 20), 'teal').save('beside/more/a.png')
-    Path('beside/more/a.txt').write_text('a red fox')
     return tmp_path
 
 
@@ -125,7 +122,7 @@ def test_every_model_and_method_gives_a_config_that_is_right(folder, monkeypatch
 @pytest.mark.slow
 def test_models_whose_network_has_its_guidance_are_those_of_the_recipes():
     found = {model for model, starts in init._starts().items() if load_config(starts[0].name).model.alpha == 0}
-    assert found == set(init.EMBEDDED)
+    assert found == {model for model in init._starts() if 'cdm-consistent' not in init._methods(model)}
 
 
 def test_every_model_of_the_recipes_is_there():
@@ -147,18 +144,22 @@ def test_the_same_recipe_is_the_base_alone(folder):
     assert cfg.train_dataloader.dataset.data_prefix == dict(image='mine/images')
 
 
-@pytest.mark.parametrize('method, image', [('cdm', False), ('flow-matching', True)])
-def test_captions_beside_pictures(method, image, folder):
-    assert call(*flags('sd3-medium', method, 'beside')) == 0
-    dataset = DATASETS.build(load_config('own.py').train_dataloader.dataset)
-    assert type(dataset).__name__ == 'ImageCaptionFolder' and dataset[0]['prompt'] == 'a red fox'
-    assert ('image' in dataset[0]) == image and len(dataset) == 1
+@pytest.mark.parametrize('method', ['cdm', 'flow-matching'])
+def test_captions_beside_the_pictures(method, folder, capsys):
+    for name in 'ab':
+        Path(f'mine/images/{name}.txt').write_text(f'a picture {name}')
+    assert call(*flags('sd3-medium', method, 'mine/images')) == 0 and '2 samples' in capsys.readouterr().out
+    sample = DATASETS.build(load_config('own.py').train_dataloader.dataset)[0]
+    assert sample['prompt'] == 'a picture a'
+    assert ('image' in sample) == (method == 'flow-matching') and ('image' not in sample or sample[
+        'image'].shape == (3, 1024, 1024))
 
 
 @pytest.mark.parametrize('words, message', [
     (flags('sd3-medium', 'cdm', 'promts.txt'), "--data 'promts.txt' does not exist; did you mean 'prompts.txt'?"),
     (flags('sd3-medium', 'cdm', 'labels'), "--data 'labels' does not exist"),
-    (flags('sd3-medium', 'cdm', 'mine/images'), 'must hold one jsonl or csv file of captions'),
+    (flags('sd3-medium', 'cdm', 'mine/images'), 'a.png has no caption beside it: write a.txt'),
+    (flags('sd3-medium', 'cdm', '.'), "'.' has a.jsonl, b.csv: give the one with the captions"),
     (flags('sd3-medium', 'cdm', 'mine/images/a.png'), 'sd3-medium takes texts'),
     (flags('sd3-medium', 'dmd2-gan', 'prompts.txt'), '--image-column is missing'),
     (flags('sd3-medium', 'cdm', 'mine/captions.jsonl', '--column', 'captoin'), "--column 'captoin': "),
@@ -171,6 +172,8 @@ def test_captions_beside_pictures(method, image, folder):
 ])
 def test_a_mistake_is_named_and_nothing_is_written(words, message, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'stdin', open(os.devnull))
+    for name in ('a.jsonl', 'b.csv'):
+        Path(name).touch()
     assert call(*words) == 2
     assert message in capsys.readouterr().err and not Path('own.py').exists()
 

@@ -14,6 +14,7 @@ from stream_support import CountedStream  # noqa: F401  registers it
 from cdm_plugin.conditioners import EmbeddingConditioner
 from cdm_plugin.data import EmbeddingDataset, PackInputs, cache_embeddings
 from cdm_plugin.data.captions import every_variant
+from cdm_plugin.data.pairs import dataset_of
 
 SEVERAL = ['a fox', 'a red fox', 'an animal']
 
@@ -137,6 +138,14 @@ def test_what_another_transform_draws_is_refused_of_a_stream_too(tmp_path):
         lambda sample: dict(prompt=random.choice('abc')), dict(type='PackInputs')]))
     with pytest.raises(ValueError, match='train_dataloader.dataset draws its prompts: sample .*let PackInputs draw'):
         cache_embeddings(cfg, str(tmp_path / 'out'), device='cpu')
+
+
+def test_pairs_are_of_one_prompt_each(tmp_path):
+    cfg = toy_cfg(dataset=dict(type='PromptDataset', ann_file=captions_file(tmp_path), indices=2))
+    with pytest.raises(ValueError, match='train_dataloader.dataset draws its prompts, and a pair is of one'):
+        dataset_of(cfg, 'train_dataloader.dataset')
+    cfg.train_dataloader.dataset.column = 'prompt.0'
+    assert len(dataset_of(cfg, 'train_dataloader.dataset')) == 2
 
 
 def test_what_another_transform_draws_is_refused_still(tmp_path):

@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from acme_plugin import config
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 from PIL import Image
-from stream_support import CountedStream  # noqa: F401  registers it
 from tests_support import recording_optimizers, same_bits, tiny_backbone, tiny_method
 
 from cdm_plugin.cli import main
@@ -24,6 +24,18 @@ from cdm_plugin.draws import drawn_by
 
 SIZES = [(16, 16), (24, 16)]
 PROMPTS = ['a fox', 'a cat', 'a fox', 'ships', 'x', 'a red fox', 'dogs']
+
+
+@DATASETS.register_module()
+class LatentTestCaptions(BaseDataset):
+    """Pictures with several captions each."""
+
+    def __init__(self, captions, **kwargs):
+        self.captions = captions
+        super().__init__(**kwargs)
+
+    def load_data_list(self):
+        return [dict(prompt=captions, image=torch.full((1, 8, 8), i / 10)) for i, captions in enumerate(self.captions)]
 
 
 @pytest.fixture(scope='module')
@@ -101,15 +113,19 @@ def test_views_are_what_the_pipeline_draws(model, rows, tmp_path):
         cache_latents(make_config(model, rows), str(tmp_path / 'c'), views=2)
 
 
-def test_views_may_differ_in_their_captions_alone(model, tmp_path):
-    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / '1.png')
-    (tmp_path / '1.json').write_text(json.dumps(captions := [f'fox {i}' for i in range(9)]))
-    cfg = make_config(model, tmp_path)
-    cfg.train_dataloader.dataset = dict(
-        type='ImageCaptionFolder', data_root=str(tmp_path), caption_suffix='.json', pipeline=[
-            dict(type='PackInputs', image='image'), dict(type='ResizeCrop', sizes=SIZES)])
-    report = cache_latents(cfg, str(tmp_path / 'out'), views=4, device='cpu')
-    assert 1 < len(report.prompts) <= 4 and set(report.prompts) < set(captions)
+def test_captions_are_still_drawn_from_latents(tmp_path):
+    captions = [['a fox', 'ein Fuchs'], ['a cat']]
+    cfg = Config(dict(model=dict(backbone=tiny_backbone()), train_dataloader=dict(dataset=dict(
+        type='LatentTestCaptions', captions=captions, pipeline=[dict(
+            type='PackInputs', template=['{}', 'a photo of {}'], dropout=0.2)]))))
+    report = cache_latents(cfg, str(tmp_path), device='cpu')
+    assert report.prompts == ['a fox', 'a photo of a fox', 'ein Fuchs', 'a photo of ein Fuchs', '', 'a cat',
+                              'a photo of a cat']
+    dataset = LatentDataset(data_root=str(tmp_path))
+    drawn = [{dataset[i]['prompt'] for _ in range(100)} for i in range(2)]
+    assert drawn == [set(report.prompts[:4]), set(report.prompts[5:])]
+    dropped = LatentDataset(data_root=str(tmp_path), pipeline=[dict(type='PackInputs', dropout=0.5)])
+    assert {dropped[1]['prompt'] for _ in range(100)} == {'', *drawn[1]}
 
 
 def test_an_interrupted_run_goes_on(model, rows, tmp_path, monkeypatch):
@@ -204,8 +220,8 @@ def test_a_model_refuses_the_latents_of_another(model, rows, tmp_path):
     (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(
         type='WeightedMixDataset', sources=dict(web=dict(dataset=cfg.train_dataloader.dataset))))),
      r'is a mix.*--dataset train_dataloader\.dataset\.sources\.web\.dataset'),
-    (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(type='CountedStream', lengths=[3]))),
-     'train_dataloader.dataset is a stream without a length'),
+    (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(type='AcmePictures', length=0))),
+     'train_dataloader.dataset must have a length of 1 or more'),
     (lambda cfg: cfg.pop('model'), "the config has no 'model.backbone'")])
 def test_what_cannot_be_encoded_is_named(change, message, model, rows, tmp_path):
     cfg = make_config(model, rows)

@@ -1,5 +1,4 @@
 """`cdm pairs`, the dataset that reads them, and DMD's regression onto them (arXiv 2311.18828)."""
-import json
 import shutil
 
 import pytest
@@ -14,9 +13,6 @@ from scale_support import Workers, run_command
 from tests_support import recording_optimizers, same_bits, tiny_method
 
 from cdm_plugin.cli import main
-from cdm_plugin.data import write_embeddings
-from cdm_plugin.data.embeddings.files import describe_shard
-from cdm_plugin.data.pairs import write_index
 from cdm_plugin.inference import load_method
 
 DIGITS = 'digits/dmd2_sd3-digits_1xb32_4step_800.py'
@@ -56,21 +52,6 @@ def test_a_pair_is_noise_and_where_the_guided_teacher_takes_it(folder):
                        for fields in both)
             x = x + (following - sigma) * (null + 2 * (v - null))
     torch.testing.assert_close(batch['pair_latents'], x, rtol=1e-4, atol=1e-4)
-
-
-def test_of_several_captions_a_sample_has_the_one_of_its_pair(tmp_path):
-    captions = [f'fox {i}' for i in range(9)]
-    (tmp_path / 'p.jsonl').write_text(json.dumps(dict(prompt=captions)))
-    made = ['fox 7', 'fox 2', 'fox 7', 'fox 0', 'fox 5', 'fox 8']
-    write_embeddings(tmp_path / '0.safetensors', {name: torch.zeros(6, 1, 2, 2) for name in ('noise', 'latents')}, made)
-    write_index(tmp_path, dict(version=1, count=6, shards=[describe_shard(tmp_path / '0.safetensors', made)]))
-    read = DATASETS.build(dict(type='PairDataset', data_root=str(tmp_path), dataset=dict(
-        type='PromptDataset', ann_file=str(tmp_path / 'p.jsonl'))))
-    assert [read[i]['prompt'] for i in range(6)] == made
-    (tmp_path / 'p.jsonl').write_text(json.dumps(dict(prompt=captions[:8])))
-    read.dataset = DATASETS.build(dict(type='PromptDataset', ann_file=str(tmp_path / 'p.jsonl')))
-    with pytest.raises(ValueError, match="pair 5 of .* was made for 'fox 8', but the dataset has 'fox"):
-        read[5]
 
 
 def test_pairs_go_round_the_dataset_and_keep_what_samples_hold(tmp_path):

@@ -8,11 +8,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from cache_support import toy_cfg
 from mmengine.registry import DATASETS
 from stream_support import CountedStream, counts, given, loader, readers, shards
 from torch.utils.data import DataLoader
 
-from cdm_plugin.data import PackInputs
+from cdm_plugin.data import PackInputs, cache_latents
+from cdm_plugin.data.pairs import dataset_of
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.data.stream import POSITION, Position
 
@@ -103,8 +105,7 @@ def test_nothing_to_read_is_an_error_not_a_hang(share):
         next(iter_of(0, 2, (0, 0), share=share))
 
 
-@pytest.mark.parametrize('shuffle', [0, 5])
-@pytest.mark.parametrize('collate', ['pseudo_collate', 'default_collate'])
+@pytest.mark.parametrize('shuffle, collate', [(0, 'default_collate'), (5, 'pseudo_collate')])
 def test_workers_share_and_go_on_whatever_they_have_read_ahead(shuffle, collate):
     """2 ranks x 2 workers of torch's loader, stopped after an odd number of batches."""
     samples, rest = {}, {}
@@ -170,6 +171,18 @@ def test_arguments_are_checked():
                             (dict(share='rows'), "share must be 'shards' or 'samples'")):
         with pytest.raises(ValueError, match=message):
             DATASETS.build(dict(type='CountedStream', lengths=(1,), **kwargs))
+
+
+def test_a_stream_is_no_dataset_with_numbered_samples(tmp_path):
+    stream = dict(type='CountedStream', lengths=UNEVEN)
+    for wrapper in (dict(type='SkipBadRecords', dataset=stream),
+                    dict(type='WeightedMixDataset', sources=dict(one=dict(dataset=stream)))):
+        with pytest.raises(ValueError, match='mix datasets, not streams|a stream without numbers'):
+            DATASETS.build(wrapper)
+    with pytest.raises(ValueError, match='train_dataloader.dataset is a stream .*whose samples have no numbers'):
+        cache_latents(toy_cfg(dataset=stream), str(tmp_path / 'latents'))
+    with pytest.raises(ValueError, match='train_dataloader.dataset must have a length of 1 or more'):
+        dataset_of(toy_cfg(dataset=stream), 'train_dataloader.dataset')
 
 
 def test_a_spawned_worker_knows_its_rank():

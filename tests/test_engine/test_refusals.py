@@ -8,7 +8,7 @@ from tests_support import tiny_backbone
 from cdm_plugin.cli import main
 from cdm_plugin.commands.doctor.diagnosis import diagnose
 from cdm_plugin.engine import AutocastOptimWrapper
-from cdm_plugin.engine.refusals import missing_hook, refusals
+from cdm_plugin.engine.refusals import add_missing_hook, refusals
 
 
 def wrapper(**settings):
@@ -42,7 +42,6 @@ REFUSED = {
     'one optimizer': (dict(optim_wrapper=wrapper()), 'optim_wrapper needs constructor=.*: student, fake'),
     'no constructor': (dict(optim_wrapper=dict(student=wrapper(), fake=wrapper())), 'optim_wrapper needs constructor='),
     'two averages': (dict(custom_hooks=[dict(type='mmengine.EMAHook'), dict(type='CDMHook')]), 'remove EMAHook, or'),
-    'no hook': (dict(custom_hooks=[dict(type='ValidationHook')]), r"custom_hooks needs dict\(type='CDMHook'\)"),
     'a sampler for a stream': (dict(train_dataloader=STREAM),
                                'train_dataloader.sampler must be None, because HFStream has an order of its own'),
     'no sampler for a stream': (
@@ -100,8 +99,18 @@ def test_several_processes_need_a_wrapper_or_shards(tmp_path, capsys):
 
 def test_hooks_of_their_own_are_enough():
     names = ('IterationHook', 'ValidationHook')
-    assert list(missing_hook(config(custom_hooks=[dict(type=name) for name in names]))) == []
-    assert list(missing_hook(dict(model=dict(type='TheirModel')))) == []
+    cfg = config(custom_hooks=[dict(type=name) for name in names])
+    assert add_missing_hook(cfg) == [] and len(cfg.custom_hooks) == 2
+    assert add_missing_hook(dict(model=dict(type='TheirModel'))) == []
+
+
+def test_a_forgotten_hook_is_added(tmp_path, capfd):
+    config('forgotten', log_level='WARNING', custom_hooks=[dict(type='EmptyCacheHook')]).dump(tmp_path / 'own.py')
+    run = tmp_path / 'run'
+    assert main(['train', str(tmp_path / 'own.py'), '--work-dir', str(run), '--cfg-options',
+                 'default_hooks.checkpoint.interval=2']) == 0
+    assert 'custom_hooks has no CDMHook: commands add it' in ''.join(capfd.readouterr())
+    assert torch.load(run / 'iter_2.pth', weights_only=True)['student_ema']['steps'] == 2
 
 
 def test_amp_is_every_roles(tmp_path, monkeypatch):

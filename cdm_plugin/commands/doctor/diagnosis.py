@@ -40,7 +40,7 @@ from cdm_plugin.config import check_config, naming_parts
 from cdm_plugin.data import HFDataset, HFStream, WebDataset
 from cdm_plugin.engine import DistillationDeepSpeedStrategy
 from cdm_plugin.engine.deepspeed_config import MISSING, OWN_KEYS, settle_config
-from cdm_plugin.engine.refusals import lost_gradients, missing_hook, refusals
+from cdm_plugin.engine.refusals import add_missing_hook, lost_gradients, refusals
 from cdm_plugin.methods import DiffusionModel, Distillation
 from cdm_plugin.registry import class_of, is_type
 from cdm_plugin.roles import attention
@@ -69,8 +69,8 @@ def diagnose(cfg: Config, gpus: int = 1, table: Sequence[int] = GPUS) -> Report:
     with _problems(report), naming_parts(cfg), DefaultScope.overwrite_default_scope(
             cfg.get('default_scope', 'mmengine')):
         check_config(cfg)
-        report.warnings += clashes(cfg.to_dict())
-        refused = [*refusals(cfg, gpus), *missing_hook(cfg)]
+        report.warnings += [*clashes(cfg.to_dict()), *add_missing_hook(cfg)]
+        refused = list(refusals(cfg, gpus))
         report.problems += refused
         method = build_on_meta(cfg.model.to_dict(), report)
         if not any(text.startswith('optim_wrapper') for text in refused):

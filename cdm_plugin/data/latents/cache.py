@@ -17,10 +17,20 @@ from tqdm import tqdm
 
 from cdm_plugin.assets import resolve
 from cdm_plugin.conditioners import Conditioner
+from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.embeddings.cache import DTYPES, library_versions, open_dataset
 from cdm_plugin.data.embeddings.files import read_header, read_indexed_header, write_embeddings
 from cdm_plugin.data.embeddings.provenance import codec_differences, describe_codec, describe_difference
-from cdm_plugin.data.latents.files import FOLDER, ROWS, VERSION, describe, read_index, read_rows, write_index
+from cdm_plugin.data.latents.files import (
+    FOLDER,
+    ROWS,
+    VERSION,
+    describe,
+    parse_prompts,
+    read_index,
+    read_rows,
+    write_index,
+)
 from cdm_plugin.data.mix import WeightedMixDataset
 from cdm_plugin.draws import drawn_by
 from cdm_plugin.errors import describe as describe_error
@@ -65,6 +75,8 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
     on the pictures would encode: of an autoencoder the posterior's mode, one picture at a time. In float32 the latents
     are the same bits.
 
+    Of a sample whose prompt `PackInputs` draws, every prompt that may be drawn is kept.
+
     After a kill, the same call goes on behind the last finished shard.
 
     Args:
@@ -103,6 +115,8 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
         if isinstance(source, WeightedMixDataset):
             raise ValueError(f'{dataset} is a mix, whose proportions are no matter of a cache: cache each source by '
                              f'itself, --dataset {dataset}.sources.{source.names[0]}.dataset')
+        if isinstance(source, IterableDataset) or not hasattr(source, '__len__') or not len(source):
+            raise ValueError(f'{dataset} must have a length of 1 or more, so that latent i is of sample i')
         # A conditioner without weights: texts are none of this function's business.
         backbone = MODELS.build({**cfg.model.backbone, 'conditioner': Conditioner()})
         sizes = image_sizes(cfg.model['image_size'], 'model.image_size') if cfg.model.get('image_size') else [
@@ -125,9 +139,16 @@ class _Views(Dataset):
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, place: Place) -> tuple[Place, Any]:
-        with drawn_by(self.seed, *place):
-            return place, self.dataset[place[0]]
+    def __getitem__(self, place: Place) -> tuple[Place, Any, list[Any]]:
+        """The place, the sample, and all prompts that may be drawn for it."""
+        def read() -> Any:
+            with drawn_by(self.seed, *place):
+                return self.dataset[place[0]]
+
+        samples = list(every_variant(read))
+        prompts = dict.fromkeys(sample['prompt'] for sample in samples if isinstance(sample, Mapping)
+                                and sample.get('prompt') is not None)
+        return place, samples[0], list(prompts)
 
 
 class _Job:
@@ -144,7 +165,7 @@ class _Job:
     def open(self) -> int:
         """Takes over the shards of an earlier run; returns how many. Knows whether prompts are labels."""
         samples = [self._sample(*self.views[0, view]) for view in range(self.index['views'])]
-        self.index['labels'] = not isinstance(samples[0][1], str)
+        self.index['labels'] = not isinstance(samples[0][1][0], str)
         self._check_views()
         old = read_index(self.folder) if self.folder.is_dir() else None
         if old is None:
@@ -168,13 +189,12 @@ class _Job:
         """Several views must not all be one."""
         count = self.index['views']
         for number in range(min(8, self.index['samples'])) if count > 1 else ():
-            _, prompt, picture = self._sample(*self.views[number, 0])
-            others = [self._sample(*self.views[number, view]) for view in range(1, count)]
-            if any(text != prompt or not torch.equal(other, picture) for _, text, other in others):
+            pictures = [self._sample(*self.views[number, view])[2] for view in range(count)]
+            if any(not torch.equal(pictures[0], other) for other in pictures[1:]):
                 return
         if count > 1:
-            raise ValueError(f"the {count} views of a sample of {self.key} are all the same: let its pipeline draw, "
-                             "dict(type='ResizeCrop', crop='random', flip=0.5), or leave --views out")
+            raise ValueError(f"the {count} views of a sample of {self.key} are all the same picture: let its pipeline "
+                             "draw, dict(type='ResizeCrop', crop='random', flip=0.5), or leave --views out")
 
     def _is_complete(self, entry: Mapping[str, Any]) -> bool:
         path = self.folder / entry['name']
@@ -190,8 +210,8 @@ class _Job:
         self.done.update({(number, view): None for number, view, _ in rows})
         return True
 
-    def _sample(self, place: Place, sample: Any) -> tuple[Place, Any, Tensor]:
-        """Prompt and picture of a sample.
+    def _sample(self, place: Place, sample: Any, prompts: list[Any]) -> tuple[Place, list[Any], Tensor]:
+        """Prompts and picture of a sample.
 
         Raises:
             ValueError: If it has none, or one of another size.
@@ -205,10 +225,10 @@ class _Job:
             known = ', '.join(f'{height}x{width}' for height, width in self.sizes)
             raise ValueError(f'sample {place[0]} of {self.key} has {size[0]}x{size[1]} pixels, which model.image_size '
                              f"({known}) has not: put dict(type='ResizeCrop', sizes=...) behind PackInputs")
-        if sample.get('prompt') is None:
+        if not prompts:
             raise ValueError(f'{self.key} gives samples without prompts: name their field in its pipeline, '
                              "dict(type='PackInputs', prompt=...)")
-        return place, sample['prompt'], image.contiguous()
+        return place, prompts, image.contiguous()
 
     def encode(self, batch_size: int, workers: int) -> None:
         """Encodes and writes what is not there."""
@@ -216,11 +236,12 @@ class _Job:
         places = [place for place in places if place not in self.done]
         loader = DataLoader(self.views, batch_size=None, sampler=places, num_workers=workers)
         with tqdm(total=len(places) + len(self.done), initial=len(self.done), desc='encoding', unit='picture') as bar:
-            for place, sample in loader:
-                place, prompt, image = self._sample(tuple(place), sample)
+            for place, sample, prompts in loader:
+                place, prompts, image = self._sample(tuple(place), sample, prompts)
                 size = (image.shape[1], image.shape[2])
                 waiting = self.waiting.setdefault(size, [])
-                waiting.append((place, str(prompt), image))
+                prompts = [int(prompt) for prompt in prompts] if self.index['labels'] else prompts
+                waiting.append((place, json.dumps(prompts, ensure_ascii=False), image))
                 full = len(waiting) + len(self.encoded.get(size, ())) == self.index['shard_size']
                 if full or len(waiting) == batch_size:
                     self._encode(size)
@@ -258,14 +279,15 @@ class _Job:
     def report(self, root: Path, reused: int) -> LatentReport:
         """What there is now."""
         sizes: dict[tuple[int, int], int] = {}
-        prompts: dict[Place, str] = {}
+        prompts: dict[Place, list[Any]] = {}
         for entry in self.index['shards']:
             size = tuple(side * self.index['scale'] for side in entry['size'])
             sizes[size] = sizes.get(size, 0) + entry['rows']
             path = self.folder / entry['name']
-            prompts.update({(number, view): prompt for (number, view, _), prompt in zip(
-                read_rows(path), read_header(str(path)).prompts)})
-        distinct = None if self.index['labels'] else list(dict.fromkeys(prompts[place] for place in sorted(prompts)))
+            prompts.update({(number, view): parse_prompts(text, path) for (number, view, _), text in zip(
+                read_rows(path), read_header(str(path)).prompts or ())})
+        distinct = None if self.index['labels'] else list(dict.fromkeys(
+            prompt for place in sorted(prompts) for prompt in prompts[place]))
         weight = sum(entry['bytes'] for entry in self.index['shards'])
         return LatentReport(str(root), len(prompts), len(self.index['shards']), reused, weight, sizes, distinct)
 

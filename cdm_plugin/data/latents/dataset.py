@@ -8,7 +8,7 @@ from mmengine.registry import DATASETS
 from cdm_plugin.assets import resolve
 from cdm_plugin.data.embeddings.files import EmbeddingReader, read_indexed_header
 from cdm_plugin.data.embeddings.provenance import codec_differences, describe_codec
-from cdm_plugin.data.latents.files import FOLDER, INDEX, read_index, read_rows
+from cdm_plugin.data.latents.files import FOLDER, INDEX, parse_prompts, read_index, read_rows
 from cdm_plugin.data.pack_inputs import PackInputs
 from cdm_plugin.data.wrappers import leaves
 
@@ -17,9 +17,10 @@ from cdm_plugin.data.wrappers import leaves
 class LatentDataset(BaseDataset):
     """Latents of pictures that `cdm cache --latents` encoded, read one at a time.
 
-    A sample holds `latents` (C, h, w) and `prompt`, a text or a class label; its embeddings come from the conditioner,
-    which may be an `EmbeddingConditioner` of the same folder. With several views each is a sample of its own. They come
-    in the order of the dataset that they were made of. Raw samples say the picture's `height` and `width` in pixels.
+    A sample holds `latents` (C, h, w) and `prompt`, a text or a class label; of several captions `PackInputs` draws one
+    each time. Its embeddings come from the conditioner, which may be an `EmbeddingConditioner` of the same folder. With
+    several views each is a sample of its own. They come in the order of the dataset that they were made of. Raw samples
+    say the picture's `height` and `width` in pixels.
 
     Args:
         data_root (str): The folder that `cdm cache --latents` wrote.
@@ -46,19 +47,25 @@ class LatentDataset(BaseDataset):
         self._shards = [str(folder / entry['name']) for entry in index['shards']]
         for shard, entry in enumerate(index['shards']):
             try:
-                prompts, places = read_indexed_header(folder, entry).prompts, read_rows(self._shards[shard])
+                header, places = read_indexed_header(folder, entry), read_rows(self._shards[shard])
+                prompts = [self._prompt(parse_prompts(text, self._shards[shard])) for text in header.prompts or ()]
             except ValueError as error:
                 raise ValueError(f'`data_root`: {error}; run `cdm cache --latents` again, it completes the '
                                  'folder') from error
             height, width = (side * index['scale'] for side in entry['size'])
             for row, (number, view, _) in enumerate(places):
-                prompt = int(prompts[row]) if index['labels'] else prompts[row]
-                rows[number, view] = dict(shard=shard, row=row, prompt=prompt, height=height, width=width)
+                rows[number, view] = dict(shard=shard, row=row, prompt=prompts[row], height=height, width=width)
         missing = index['samples'] * index['views'] - len(rows)
         if missing:
             raise ValueError(f'`data_root` {self.data_root} is unfinished: {missing} of {missing + len(rows)} latents '
                              'are missing; run `cdm cache --latents` again, it completes the folder')
         return [rows[place] for place in sorted(rows)]
+
+    @staticmethod
+    def _prompt(drawn: list[Any]) -> Any:
+        """The one of several, or the list of which `PackInputs` draws; the empty one is its `dropout`'s business."""
+        kept = [prompt for prompt in drawn if prompt != ''] or drawn
+        return kept[0] if len(kept) == 1 else kept
 
     def prepare_data(self, idx: int) -> Any:
         """A sample with its latents, through the pipeline."""

@@ -1,8 +1,9 @@
 """Files of cached latents, in the folder `latents` beside the text embeddings of the same cache.
 
-A shard is a file like those of text embeddings and has latents of one size: `latents` (N, C, h, w), the prompts, and
-`row_ids`, int64, (N, 3): the number of the sample in its dataset, which of its views it is, and the CRC-32 of the
-pixels that were encoded. `index.json` says what encoded them, of what, and what each shard holds.
+A shard is a file like those of text embeddings and has latents of one size: `latents` (N, C, h, w), of each the prompts
+that may be drawn for it (a JSON list of texts, or of one class label), and `row_ids`, int64, (N, 3): the number of the
+sample in its dataset, which of its views it is, and the CRC-32 of the pixels that were encoded. `index.json` says what
+encoded them, of what, and what each shard holds.
 """
 import hashlib
 import json
@@ -64,6 +65,21 @@ def describe(path: Path, prompts: Sequence[str], size: Sequence[int]) -> dict[st
     pixels = [checksum for _, _, checksum in read_rows(path)]
     return dict(describe_shard(path, prompts), size=list(size),
                 pixels=hashlib.sha256(json.dumps(pixels).encode()).hexdigest())
+
+
+def parse_prompts(text: str, path: str | Path) -> list[Any]:
+    """The prompts of a row, from the metadata of a shard.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    try:
+        prompts = json.loads(text)
+    except ValueError:
+        prompts = None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, (str, int)) for prompt in prompts):
+        raise ValueError(f'shard {path}: the prompts of a row are no JSON list of texts or labels: write it again')
+    return prompts
 
 
 def read_rows(path: str | Path) -> list[list[int]]:
