@@ -215,6 +215,8 @@ def test_a_model_refuses_the_latents_of_another(model, rows, tmp_path):
     (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(
         type='WeightedMixDataset', sources=dict(web=dict(dataset=cfg.train_dataloader.dataset))))),
      r'is a mix.*--dataset train_dataloader\.dataset\.sources\.web\.dataset'),
+    (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(type='AcmePictures', length=0))),
+     'train_dataloader.dataset must have a length of 1 or more'),
     (lambda cfg: cfg.pop('model'), "the config has no 'model.backbone'")])
 def test_what_cannot_be_encoded_is_named(change, message, model, rows, tmp_path):
     cfg = make_config(model, rows)

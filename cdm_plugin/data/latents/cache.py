@@ -116,6 +116,8 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
         if isinstance(source, WeightedMixDataset):
             raise ValueError(f'{dataset} is a mix, whose proportions are no matter of a cache: cache each source by '
                              f'itself, --dataset {dataset}.sources.{source.names[0]}.dataset')
+        if isinstance(source, IterableDataset) or not hasattr(source, '__len__') or not len(source):
+            raise ValueError(f'{dataset} must have a length of 1 or more, so that latent i is of sample i')
         # A conditioner without weights: texts are none of this function's business.
         backbone = MODELS.build({**cfg.model.backbone, 'conditioner': Conditioner()})
         sizes = image_sizes(cfg.model['image_size'], 'model.image_size') if cfg.model.get('image_size') else [
