@@ -41,7 +41,7 @@ class DirectionLoss(ScoreLoss):
     """
 
     # The distance in x0 is sigma_n to this power times that in velocity.
-    order = 2
+    _order = 2
 
     def __init__(self, alpha: float = 7.0, sigma: Sampler = dict(type='UniformSigma'), min_norm: Positive = 0.1,
                  weight: NotNegative = 1.0, guidance: Guidance = 'plain', space: Space = 'x0') -> None:
@@ -88,7 +88,7 @@ class DirectionLoss(ScoreLoss):
         x0, (delta, reference) = inputs.prediction.x0, self.direction(inputs)
         loss = self.distance(x0, delta, reference)
         if self.space == 'velocity':
-            loss = loss / inputs.prediction.sigma**self.order
+            loss = loss / inputs.prediction.sigma**self._order
         return loss, dict(clamp=clamp_share(reference_norm(x0, reference), self.min_norm),
                           left_out=(~delta.isfinite()).sum() + (~reference.isfinite()).sum())
 
@@ -163,7 +163,7 @@ class TDMLoss(DMLoss):
                  sigma: Sampler = dict(type='StepSigma'), min_norm: Positive = 0.1, weight: NotNegative = 1.0,
                  guidance: Guidance = 'plain', space: Space = 'x0') -> None:
         super().__init__(guided, alpha, sigma, min_norm, weight, guidance, space)
-        self.huber, self.order = huber, 2 if huber is None else 1
+        self.huber, self._order = huber, 2 if huber is None else 1
         check_step_sigma(self.sigma, 'model.losses.*.sigma')
 
     def draw(self, context: DrawContext) -> dict[str, Tensor]:

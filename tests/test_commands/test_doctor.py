@@ -467,6 +467,10 @@ def test_the_recipe_is_resolved():
     # exp(1.15) at 4096 tokens.
     assert 'shift of 3.158' in report_of(LONGCAT).recipe['sample_sigmas']
     assert 'knows the anchor' in report_of(CDM).recipe['fake score']
+    assert (recipe['rollout'], recipe['sigma_shift']) == ('ode', 'none')
+    other = config(model=dict(rollout='renoise'))
+    other.model.type = 'DecoupledDMD'
+    assert diagnose(other).recipe.items() >= dict(rollout='renoise', sigma_shift='scheduler').items()
 
 
 @pytest.mark.parametrize('options, part', [
