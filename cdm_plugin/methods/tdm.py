@@ -28,7 +28,7 @@ class TDM(Distillation):
         check_step_sigma(self.fake_sigma, 'model.fake_sigma')
         return super()._build_losses(overrides)
 
-    def fake_point(self, anchor: Prediction, draws: Draws, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_point(self, anchor: Prediction, draws: Draws, step: int) -> tuple[Tensor, Tensor, float | Tensor]:
         """The end of the anchor's sampling step, diffused up to the level; the noise in it is partly the student's own,
         so each sample is weighed by how likely that is, per dimension, as in the authors' code. Noised anew, a step's
         end has no noise of the student's."""
