@@ -18,13 +18,13 @@ from cdm_plugin.assets import resolve
 from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.embeddings.files import (
     EmbeddingReader,
-    check_shards,
     describe_shard,
+    load_index,
     read_indexed_header,
     write_embeddings,
+    write_index,
 )
 from cdm_plugin.data.sample import Sample, SampleError
-from cdm_plugin.files import whole_file
 from cdm_plugin.registry import is_type
 from cdm_plugin.sampling import step_sigmas
 from cdm_plugin.secrets import without_secrets
@@ -36,30 +36,8 @@ LOOKED_AT = 8
 
 
 def read_index(folder: str | Path) -> dict[str, Any] | None:
-    """What `pairs.json` says; None without one.
-
-    Raises:
-        ValueError: If it is damaged, of another version, or names a shard outside of the folder.
-    """
-    path = Path(folder, INDEX)
-    if not path.is_file():
-        return None
-    try:
-        index = json.loads(path.read_text(encoding='utf-8'))
-        found = index['version'], index['count'], index['shards']
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path} is damaged: delete the folder and run `cdm pairs` again') from None
-    if found[0] != VERSION:
-        raise ValueError(f'{path} has version {found[0]!r}, but this cdm_plugin reads version {VERSION}: update '
-                         'cdm_plugin, or make the folder again')
-    check_shards(path, found[2])
-    return index
-
-
-def write_index(folder: str | Path, index: Mapping[str, Any]) -> None:
-    """Writes it whole or not at all."""
-    with whole_file(Path(folder, INDEX)) as part:
-        part.write_text(json.dumps(index, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    """What `pairs.json` says; None without one."""
+    return load_index(Path(folder, INDEX), VERSION, ('count', 'shards'), 'cdm pairs')
 
 
 @DATASETS.register_module()
@@ -177,7 +155,7 @@ def make_pairs(method: Any, dataset: Any, out: str, index: dict[str, Any], batch
             together = [entry for part in all_gather_object(entries) for entry in part]
             done.update({entry['name']: entry for entry in together})
             if rank == 0:
-                write_index(folder, dict(index, shards=[done[name] for name in sorted(done)]))
+                write_index(folder, dict(index, shards=[done[name] for name in sorted(done)]), INDEX)
             bar.update(len(together))
     return reused
 

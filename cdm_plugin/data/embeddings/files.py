@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,18 +191,9 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
             the folder.
     """
     path = Path(folder, INDEX)
-    if not path.is_file():
+    index = load_index(path, INDEX_VERSION, INDEX_KEYS, 'cdm cache')
+    if index is None:
         return None
-    try:
-        index = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError:
-        index = None
-    if isinstance(index, dict) and index.get('version', 0) != INDEX_VERSION:
-        raise ValueError(f'{path} has version {index.get("version")!r}, but this cdm_plugin reads version '
-                         f'{INDEX_VERSION}: update cdm_plugin, or make the folder again with `cdm cache`')
-    absent = [key for key in INDEX_KEYS if not isinstance(index, dict) or key not in index]
-    if absent:
-        raise ValueError(f'{path} is damaged (it has no {absent[0]}): delete the folder and run `cdm cache` again')
     for key, of_key in dict(prompts=dict, shards=list[dict], fields=dict, dtype=str).items():
         check_value(index[key], of_key, f'{path}: {key}')
     parts = [('prompts', index['prompts'], OF_PROMPTS)]
@@ -210,19 +201,42 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
     for place, part, of_part in parts:
         for key, kind in of_part.items():
             check_value(part.get(key), kind, f'{path}: {place}.{key}')
-    check_shards(path, index['shards'])
     return index
 
 
-def check_shards(index: Path, shards: Any) -> None:
-    """Raises ValueError if an index names a shard outside of its folder."""
-    for entry in shards:
-        inside(index.parent, entry.get('name') if isinstance(entry, dict) else entry, index)
+def load_index(path: Path, version: int, keys: Iterable[str], command: str) -> dict[str, Any] | None:
+    """The index of any folder of shards, or None if it has none.
+
+    Args:
+        path (Path): The file.
+        version (int): The one that this package reads.
+        keys (Iterable[str]): What the index must have; `shards` is among them.
+        command (str): What makes the folder.
+
+    Raises:
+        ValueError: If the index is damaged, of another version, or names a shard outside of the folder.
+    """
+    if not path.is_file():
+        return None
+    try:
+        index = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError:
+        index = None
+    if isinstance(index, dict) and index.get('version', version) != version:
+        raise ValueError(f'{path} has version {index["version"]!r}, but this cdm_plugin reads version {version}: '
+                         f'update cdm_plugin, or make the folder again with `{command}`')
+    absent = [key for key in ('version', *keys) if not isinstance(index, dict) or key not in index]
+    if absent:
+        raise ValueError(f'{path} is damaged (it has no {absent[0]}): delete the folder and run `{command}` again')
+    check_value(index['shards'], list, f'{path}: shards')
+    for entry in index['shards']:
+        inside(path.parent, entry.get('name') if isinstance(entry, dict) else entry, path)
+    return index
 
 
-def write_index(folder: str | Path, index: Mapping[str, Any]) -> None:
+def write_index(folder: str | Path, index: Mapping[str, Any], name: str = INDEX) -> None:
     """Writes the index of a folder, whole or not at all."""
-    with whole_file(Path(folder, INDEX)) as part:
+    with whole_file(Path(folder, name)) as part:
         part.write_text(json.dumps(index, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 

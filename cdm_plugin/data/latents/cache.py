@@ -19,18 +19,9 @@ from cdm_plugin.assets import resolve
 from cdm_plugin.conditioners import Conditioner
 from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.embeddings.cache import DTYPES, library_versions, open_dataset
-from cdm_plugin.data.embeddings.files import read_header, read_indexed_header, write_embeddings
+from cdm_plugin.data.embeddings.files import read_header, read_indexed_header, write_embeddings, write_index
 from cdm_plugin.data.embeddings.provenance import codec_differences, describe_codec, describe_difference
-from cdm_plugin.data.latents.files import (
-    FOLDER,
-    ROWS,
-    VERSION,
-    describe,
-    parse_prompts,
-    read_index,
-    read_rows,
-    write_index,
-)
+from cdm_plugin.data.latents.files import FOLDER, ROWS, VERSION, describe, parse_prompts, read_index, read_rows
 from cdm_plugin.data.mix import WeightedMixDataset
 from cdm_plugin.draws import drawn_by
 from cdm_plugin.errors import describe as describe_error

@@ -7,15 +7,14 @@ encoded them, of what, and what each shard holds.
 """
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from cdm_plugin.arguments import check_value
-from cdm_plugin.data.embeddings.files import OF_SHARD, check_shards, describe_shard
-from cdm_plugin.files import whole_file
+from cdm_plugin.data.embeddings.files import OF_SHARD, describe_shard, load_index
 
 FOLDER, INDEX, VERSION = 'latents', 'index.json', 1
 ROWS = 'row_ids'
@@ -30,17 +29,9 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
         ValueError: If it is damaged, of another version, or names a shard outside of the folder.
     """
     path = Path(folder, INDEX)
-    if not path.is_file():
+    index = load_index(path, VERSION, KEYS, 'cdm cache --latents')
+    if index is None:
         return None
-    try:
-        index = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError:
-        index = {}
-    if not isinstance(index, dict) or 'version' not in index:
-        raise ValueError(f'{path} is damaged: delete the folder and run `cdm cache --latents` again')
-    if index['version'] != VERSION:
-        raise ValueError(f'{path} has version {index["version"]!r}, but this cdm_plugin reads version {VERSION}: '
-                         'update cdm_plugin, or make the folder again')
     for key, kind in KEYS.items():
         check_value(index.get(key), kind, f'{path}: {key}')
     for i, shard in enumerate(index['shards']):
@@ -49,14 +40,7 @@ def read_index(folder: str | Path) -> dict[str, Any] | None:
             check_value(shard.get(key), kind, f'{path}: shards[{i}].{key}')
         if len(shard['size']) != 2 or min(shard['size']) < 1:
             raise ValueError(f'{path}: shards[{i}].size must be height and width, but is {shard["size"]}')
-    check_shards(path, index['shards'])
     return index
-
-
-def write_index(folder: str | Path, index: Mapping[str, Any]) -> None:
-    """Writes it whole or not at all."""
-    with whole_file(Path(folder, INDEX)) as part:
-        part.write_text(json.dumps(index, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def describe(path: Path, prompts: Sequence[str], size: Sequence[int]) -> dict[str, Any]:
