@@ -111,7 +111,7 @@ def test_a_recipe_is_what_its_name_says(recipe):
 @pytest.mark.parametrize('recipe, gpus, batch, iterations, student_steps', [
     (SD3, 8, 16, 4000, 2000), (LONGCAT, 8, 8, 2000, 1000)], ids=['sd3', 'longcat'])
 def test_the_published_numbers(recipe, gpus, batch, iterations, student_steps):
-    """method.md, "Recipes of the published numbers"."""
+    """What the paper and its authors' code say of their runs."""
     cfg = load_config(recipe)
     assert f'_{gpus}xb{batch}_' in recipe and cfg.train_dataloader.batch_size == batch
     assert cfg.train_cfg.max_iters == iterations

@@ -438,7 +438,7 @@ def test_expected_calls_are_those_of_real_iterations(model, labels):
 
 
 def test_the_cost_of_a_cycle_is_the_one_of_the_table():
-    """method.md's table: 36.5 forward passes a sample, one with gradient counted as 4."""
+    """The table of docs/performance.md: 36.5 forward passes a sample, one with gradient counted as 4."""
     one_block = read_config(SD3, {'model.backbone.config.num_layers': 1}).model.to_dict()
     calls = expected_calls(build_on_meta(one_block, Report('', 1)), 16, 1)
     assert calls.equivalents * calls.cycle == pytest.approx(36.5)
