@@ -54,7 +54,7 @@ class DataCheckHook(Hook):
             samples = list(islice(dataset.once(), LOOKED_AT)) if isinstance(dataset, Stream) else [
                 dataset[i] for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT))]
         check_pictures([sample['image'] for sample in samples if isinstance(sample, dict) and 'image' in sample],
-                       method.backbone.codec, method.latent_sizes)
+                       method.backbone, method.latent_sizes)
         data = method.data_preprocessor(samples[:1], True)
         with torch.no_grad():
             condition = method.backbone.condition(data).to(method.device)
