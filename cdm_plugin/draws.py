@@ -25,6 +25,7 @@ SigmaShift = Literal['none', 'scheduler']
 # How a student goes from one level to the next: an Euler step, or by noising its x0 anew.
 Rollout = Literal['ode', 'renoise']
 
+
 def stream(*key: Any) -> Generator:
     """A CPU generator whose sequence is a pure function of the key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -67,6 +68,7 @@ class DrawContext:
         sigmas (Tensor): The iteration's time grid, (N,). Default: empty.
         scheduler_shift (float): The scheduler's shift of a single level, see `shift_sigmas`. Default 1, none.
         sigma_shift (str): `shift` of the sigma samplers that state none. Default 'none'.
+        rollout (str): How the student goes from level to level, 'ode' or 'renoise'. Default 'ode'.
     """
     generator: Generator
     anchor_sigma: Tensor
@@ -75,6 +77,7 @@ class DrawContext:
     sigmas: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     scheduler_shift: float = 1.0
     sigma_shift: SigmaShift = 'none'
+    rollout: Rollout = 'ode'
 
     @property
     def end_sigma(self) -> Tensor:
@@ -179,7 +182,7 @@ class Draws(_Movable):
 
         def context(name: str) -> DrawContext:
             return DrawContext(stream(seed, rank, iteration, name), sigmas[anchor], draw_grid, shape, sigmas,
-                               scheduler_shift, sigma_shift)
+                               scheduler_shift, sigma_shift, rollout)
 
         sigmas = draw_grid(stream(seed, iteration, 'time_grid'))
         anchor = anchors_of(rank)
@@ -229,3 +232,14 @@ def randomness_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def drawn_by(*key: Any) -> Iterator[None]:
+    """Context in which Python's, NumPy's and torch's random numbers are a function of the key."""
+    number = int(torch.randint(2**32, (), generator=stream('drawn', *key)))
+    with randomness_kept():
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        yield

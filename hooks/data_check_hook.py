@@ -53,6 +53,8 @@ class DataCheckHook(Hook):
         with randomness_kept():  # so that the data come as without a look
             samples = list(islice(dataset.once(), LOOKED_AT)) if isinstance(dataset, Stream) else [
                 dataset[i] for i in range(0, len(dataset), -(-len(dataset) // LOOKED_AT))]
+        if not samples:
+            raise ValueError('train_dataloader.dataset gives no sample in a whole pass: its pipeline leaves all out')
         check_pictures([sample['image'] for sample in samples if isinstance(sample, dict) and 'image' in sample],
                        method.backbone, method.latent_sizes)
         data = method.data_preprocessor(samples[:1], True)

@@ -121,7 +121,8 @@ def tdm_point(x_n, sigma_n, student, fields, end, tau, noise):
 
 def step_ends(draws):
     levels = [float(s) for s in draws.sigmas] + [0.0]
-    return [levels[int(n) + 1] for n in draws.anchor]
+    # With x0 noised anew at the step's end, nothing but x0 goes on from the anchor.
+    return [0.0 if draws.step_noise else levels[int(n) + 1] for n in draws.anchor]
 
 
 def tdm_fake_loss(networks, draws, fields, step=0):

@@ -335,7 +335,6 @@ def test_missing_parts_of_a_run_are_named(tmp_path, capsys):
 
     assert 'optim_wrapper' in run('optimizer', lambda cfg: cfg.pop('optim_wrapper'))
     assert 'optim_wrapper.fake' in run('fake', lambda cfg: cfg.optim_wrapper.pop('fake'))
-    assert 'CDMHook' in run('hook', lambda cfg: cfg.custom_hooks.pop(0))
 
 
 def test_an_unknown_config_says_where_they_are_listed_and_what_was_meant(capsys):

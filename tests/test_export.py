@@ -186,9 +186,10 @@ def test_the_exported_pipeline_makes_the_trained_images_without_source_and_packa
 def test_a_student_that_noises_anew_is_sampled_so_by_diffusers_and_here(lora, train, tmp_path, monkeypatch):
     trained = train('sd3', rollout='renoise', lora=lora)
     expected, ode = trained.images(), trained.images(role='teacher')
-    out = export(trained.method, tmp_path / 'out', config=trained.config)
+    out = export(trained.method, tmp_path / 'out', config=trained.config, sd_scripts=lora is not None)
     assert json.loads((out / 'scheduler/scheduler_config.json').read_text())['stochastic_sampling'] is True
     card = (out / 'README.md').read_text()
+    assert '4 steps of LCM' in card and 'Sampler `lcm`' in card and 'euler' not in card and 'of Euler' not in card
     assert '| from step to step | x0 noised anew |' in card and 'torch.manual_seed' in card
     loaded = load_method(str(out), device='cpu')
     assert loaded.rollout == 'renoise' and torch.equal(sample_prompts(loaded, PROMPTS, trained.noise), expected)

@@ -73,12 +73,12 @@ for name in pictures:
     pictures[name] += sorted(glob(folder + name + '+step+*.png'))
 '''
 # What is installed, whether with all that it requires, the config's backend, how its files are read, and how far the
-# pixels of a grid may be off in the mean: ClearML writes JPEG, which blurs the colours of noise; a chart comes nearly
-# whole.
+# pixels of a grid may be off in the mean: ClearML writes JPEG, which blurs the colours of noise.
 BACKENDS = dict(
     wandb=(['wandb==0.31.0'], True, "dict(type='WandbVisBackend')", WANDB, 0),
     clearml=(['clearml==2.1.12'], True,
-             "dict(type='ClearMLVisBackend', init_kwargs=dict(project_name='p', task_name='t'))", CLEARML, 11),
+             "dict(type='ClearMLVisBackend', init_kwargs=dict(project_name='p', task_name='t', "
+             'auto_connect_frameworks=False))', CLEARML, 11),  # else it takes what TensorBoard gets, too
     mlflow=(['mlflow-skinny==3.17.2', 'cachetools', 'cloudpickle', 'databricks-sdk', 'fastapi', 'opentelemetry-api',
              'opentelemetry-proto', 'opentelemetry-sdk', 'opentelemetry-semantic-conventions', 'python-dotenv',
              'sqlparse', 'starlette', 'uvicorn', 'google-auth'], False, "dict(type='MLflowVisBackend')", MLFLOW, 0))

@@ -33,7 +33,6 @@ PICTURES = ('dmd2-gan', 'flow-matching')
 LABELLED = 'sd3-digits'
 SUFFIXES = ('.txt', '.jsonl', '.csv')
 PROMPT_COLUMNS = ('prompt', 'caption', 'text')
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 
 
 @dataclass
@@ -235,8 +234,11 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
         images = any(_is_image(value) for value in row.values())
         return Data(dict(ann_file=str(file), **named), 'Your prompts' + (
             '; their pictures are left out, since this method needs none' if images else ''))
-    image = args.image_column or _column(row, [name for name, value in row.items() if _is_image(value)],
-                                         '--image-column')
+    named_images = [name for name, value in row.items() if _is_image(value)]
+    if not (named_images or args.image_column):
+        raise ValueError(f'--data {args.data!r} names no pictures, from which {args.method} learns: give a folder of '
+                         'them with captions, or a jsonl or csv file with a column of their names (--image-column)')
+    image = args.image_column or _column(row, named_images, '--image-column')
     if image not in row:
         raise ValueError(f'--image-column {image!r}: {file} has {", ".join(row)}')
     places = [Path(args.images)] if args.images else [root, root / 'images']
@@ -250,7 +252,8 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+    from cdm_plugin.data.images import SUFFIXES as pictures
+    return isinstance(value, str) and value.lower().endswith(pictures)
 
 
 def _column(row: dict[str, Any], likely: list[str], flag: str) -> str:
@@ -268,7 +271,7 @@ def _config(args: argparse.Namespace, recipe: Recipe, data: Data) -> str:
     if args.method == 'flow-matching':
         changes.append('# Pictures are drawn in 28 steps, where a student takes 4.')
     else:
-        changes.append("# `type` alone swaps the method: 'DMD2', 'DecoupledDMD', 'CDM'.")
+        changes.append("# `type` alone swaps the method: 'DMD2', 'DecoupledDMD', 'TDM', 'CDM'.")
     changes.append(f'model = {_dict(_model(args, is_whole), 0)}')
     if args.method == 'dmd2-gan' and not is_whole:
         changes += ['# The discriminator learns as the fake score does.',

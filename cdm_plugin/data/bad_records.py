@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from cdm_plugin.arguments import Count
 from cdm_plugin.data.sample import SampleError
-from cdm_plugin.data.wrappers import leaves
+from cdm_plugin.data.wrappers import leaves, parts
 from cdm_plugin.draws import stream
 from cdm_plugin.errors import describe
 
@@ -22,11 +22,11 @@ SHOWN = 5
 _left_out: ContextVar[list[str] | None] = ContextVar('left_out', default=None)
 
 
-def leave_out(error: ValueError) -> None:
+def leave_out(error: ValueError | FileNotFoundError) -> None:
     """What a dataset that loads its list does with a malformed row: an error, or none in a `SkipBadRecords`.
 
     Raises:
-        ValueError: The error, outside of one.
+        ValueError, FileNotFoundError: The error, outside of one.
     """
     rows = _left_out.get()
     if rows is None:
@@ -73,7 +73,7 @@ class SkipBadRecords(Dataset):
                 self.dataset.full_init()
         if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, '__len__'):
             raise ValueError(f'SkipBadRecords.dataset is a {type(self.dataset).__name__}, a stream without numbers: '
-                             'take a dataset with a length')
+                             'set its own max_bad, or take a dataset with a length')
         # By record, whether it is bad. Shared by the processes that load for this one.
         self._bad = torch.zeros(len(self.dataset), dtype=torch.uint8).share_memory_()
         self._groups: list[Tensor] = [torch.arange(len(self.dataset))]
@@ -172,6 +172,4 @@ class SkipBadRecords(Dataset):
 
 def skipping_datasets(dataset: Any) -> list[SkipBadRecords]:
     """All `SkipBadRecords` in a dataset, wrappers included, in their order."""
-    found = [dataset] if isinstance(dataset, SkipBadRecords) else []
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    return found + [part for child in inner if child is not None for part in skipping_datasets(child)]
+    return [part for part in parts(dataset) if isinstance(part, SkipBadRecords)]

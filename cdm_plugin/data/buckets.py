@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Sampler
 
-from cdm_plugin.data.bad_records import SkipBadRecords
+from cdm_plugin.data.bad_records import SkipBadRecords, skipping_datasets
 from cdm_plugin.data.mix import MixSampler
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.sizes import Pair, Size, image_sizes, nearest_size
@@ -87,7 +87,8 @@ class BucketBatchSampler(Sampler):
             `height` and `width` are there, no file is opened. Default 'image'.
 
     Raises:
-        ValueError: If the dataset has no `get_data_info`, or no sizes of pictures, or fewer samples than a batch.
+        ValueError: If the dataset has no `get_data_info`, or no sizes of pictures, or fewer samples than a batch, or a
+            `SkipBadRecords` inside of another wrapper.
     """
 
     def __init__(self, sampler: Sampler, batch_size: int, sizes: Size | Sequence[Size],
@@ -115,6 +116,10 @@ class BucketBatchSampler(Sampler):
     def _sort(self, dataset: Any, image: str) -> dict[Pair, list[int]]:
         buckets: dict[Pair, list[int]] = {}
         skips = isinstance(dataset, SkipBadRecords)
+        if skipping_datasets(dataset.dataset if skips else dataset):
+            raise ValueError('with BucketBatchSampler, SkipBadRecords must stand around all other wrappers of '
+                             'train_dataloader.dataset or, in a mix with MixSampler, of a source: in another wrapper '
+                             'a picture of another size would stand in for a bad one')
         for i in range(len(dataset)):
             try:
                 size = nearest_size(*_size_of(dataset.get_data_info(i), image), self.sizes)

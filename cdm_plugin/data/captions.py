@@ -8,9 +8,6 @@ from typing import Any
 from cdm_plugin.data.prompt_files import is_blank
 
 LONGEST = 2**17  # characters of a prompt; tokenizers take minutes for what is no prompt (csv has the same limit)
-# Field of a raw sample with what makes this reading of it unique, as streams give it: what is drawn for it is a
-# function of that. Without it, draws come from Python's global generator, which MMEngine seeds in every worker.
-VISIT = '__visit__'
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
@@ -85,7 +82,8 @@ _enumeration: _Enumeration | None = None
 
 
 class Captions:
-    """Chooses the text of a sample: one of its captions, in one of the templates, or none.
+    """Chooses the text of a sample: one of its captions, in one of the templates, or none. Draws come from Python's
+    global generator, which MMEngine seeds in every worker, and a stream for every sample.
 
     Args:
         templates (Sequence[str]): Texts with `{}`, where the caption goes; empty for the caption as it is.
@@ -104,23 +102,17 @@ class Captions:
         """Whether a single caption does not stay as it is."""
         return self.templates != ('{}',) or self.dropout > 0
 
-    def choose(self, captions: Sequence[str], visit: Any = None) -> str:
-        """One text.
-
-        Args:
-            captions (Sequence[str]): The sample's; at least one.
-            visit (optional): What the draw is a function of. Default None: the next of Python's global generator.
-        """
+    def choose(self, captions: Sequence[str]) -> str:
+        """One text of a sample's captions, of which there is one at least."""
         if _enumeration is not None:
             every = [_filled(template, caption) for caption in captions for template in self.templates]
             every += [''] if self.dropout else []
             _enumeration.count = max(_enumeration.count, len(every))
             return every[_enumeration.number % len(every)]
-        draws = random if visit is None else random.Random(f'{visit}')
-        if self.dropout and draws.random() < self.dropout:
+        if self.dropout and random.random() < self.dropout:
             return ''
         # One of one is not drawn: other transforms keep their draws.
-        caption, template = (draws.choice(of) if len(of) > 1 else of[0] for of in (captions, self.templates))
+        caption, template = (random.choice(of) if len(of) > 1 else of[0] for of in (captions, self.templates))
         return _filled(template, caption)
 
 

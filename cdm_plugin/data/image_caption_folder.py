@@ -8,6 +8,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 from cdm_plugin.assets import resolve
+from cdm_plugin.data.bad_records import leave_out
 from cdm_plugin.data.captions import check_caption, lookup
 from cdm_plugin.data.images import SUFFIXES
 from cdm_plugin.data.pack_inputs import PackInputs
@@ -31,11 +32,13 @@ class ImageCaptionFolder(BaseDataset):
 
     Raises:
         FileNotFoundError: If there is no such folder, no picture in it, or a picture has no caption.
-        ValueError: If a caption cannot be read or is empty. The message names the file.
+        ValueError: If a caption cannot be read or is empty, or `caption_suffix` is none. The message names the file.
     """
 
     def __init__(self, data_root: str, caption_suffix: str = '.txt', column: str = 'caption',
                  pipeline: Sequence[dict | Callable] = (PackInputs(image='image'),), **kwargs: Any) -> None:
+        if not caption_suffix.startswith('.'):
+            raise ValueError(f"`caption_suffix` begins with a dot, '.txt', but is {caption_suffix!r}")
         self.caption_suffix, self.column = caption_suffix, column
         super().__init__(data_root=resolve(data_root), pipeline=pipeline, **kwargs)
 
@@ -44,9 +47,14 @@ class ImageCaptionFolder(BaseDataset):
         root = Path(self.data_root)
         if not root.is_dir():
             raise FileNotFoundError(f'`data_root` {root} is no folder: give one with pictures')
-        samples = [self._sample(path) for path in _pictures(root)]
+        samples = []
+        for path in _pictures(root):
+            try:
+                samples.append(self._sample(path))
+            except (ValueError, FileNotFoundError) as error:
+                leave_out(error)
         if not samples:
-            raise FileNotFoundError(f'`data_root` {root} has no pictures ({", ".join(SUFFIXES)})')
+            raise FileNotFoundError(f'`data_root` {root} has no pictures with captions ({", ".join(SUFFIXES)})')
         return samples
 
     def _sample(self, image: Path) -> dict[str, Any]:

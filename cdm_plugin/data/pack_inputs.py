@@ -10,7 +10,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from cdm_plugin.arguments import Share
-from cdm_plugin.data.captions import VISIT, Captions, lookup
+from cdm_plugin.data.captions import Captions, lookup
 from cdm_plugin.data.images import read_image
 from cdm_plugin.data.sample import Sample, SampleError
 from cdm_plugin.data.wrappers import leaves
@@ -68,7 +68,7 @@ class PackInputs:
         # Cached embeddings stand in for a prompt, but a field that was asked for by name must be there.
         has_condition = isinstance(sample.get('condition'), Mapping)
         if self.prompt in sample or not has_condition or self.prompt != 'prompt':
-            packed['prompt'] = self._prompt(self._field(sample, 'prompt', self.prompt), sample.get(VISIT))
+            packed['prompt'] = self._prompt(self._field(sample, 'prompt', self.prompt))
         if has_condition and self._captions.changes:
             raise SampleError('template and dropout of PackInputs change the text of a prompt, but a sample has its '
                               'embeddings already (condition): use them where the texts are, `cdm cache` encodes every '
@@ -91,10 +91,10 @@ class PackInputs:
             raise SampleError(f'a sample has no field {name!r}, only {_names(sample)}: name the field that holds the '
                               f"{key} in the dataset's pipeline, dict(type='PackInputs', {key}=...)") from None
 
-    def _prompt(self, value: Any, visit: Any) -> str | int:
+    def _prompt(self, value: Any) -> str | int:
         texts = list(value) if isinstance(value, (list, tuple)) else [value]
         if texts and all(isinstance(text, str) for text in texts):
-            return self._captions.choose(texts, visit)
+            return self._captions.choose(texts)
         if isinstance(value, (int, np.integer)) or _is_integer_scalar(value):
             if self._captions.changes:
                 raise SampleError(f'the field {self.prompt!r} of a sample is a class label, but template and dropout '
@@ -150,7 +150,7 @@ def _is_integer_scalar(value: Any) -> bool:
 
 
 def _names(sample: dict[str, Any]) -> list[str]:
-    return sorted(str(name) for name in sample if name != VISIT)
+    return sorted(str(name) for name in sample)
 
 
 def _describe(value: Any) -> str:

@@ -12,8 +12,9 @@ from mmengine.dist import get_dist_info
 from mmengine.logging import print_log
 from torch.utils.data import IterableDataset, get_worker_info
 
-from cdm_plugin.data.captions import VISIT, every_variant
+from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.sample import Sample, SampleError
+from cdm_plugin.draws import drawn_by
 
 # Field of a packed sample with the position of its reader behind it, as text, which every collate function keeps.
 POSITION = '__position__'
@@ -45,8 +46,9 @@ class Stream(IterableDataset):
 
     Every worker of every rank is a reader. With as many shards as readers or more, each shard of a pass belongs to one
     reader; with fewer, every reader goes through all shards and takes each n-th record. Each sample comes once a
-    pass. The order is a function of `seed` and of the number of readers alone, and each sample says how far its reader
-    has come, so that a run goes on with the next one (`StreamHook`).
+    pass. The order is a function of `seed` and of the number of readers alone, and what the pipeline draws for a sample
+    of `seed`, the pass and the record. Each sample says how far its reader has come, so that a run goes on with the
+    next one (`StreamHook`).
 
     A subclass gives `num_shards` and `fingerprint`, `read` and, if need be, `decode`.
 
@@ -59,7 +61,8 @@ class Stream(IterableDataset):
             its own begins its next pass while others are in this one. Default None: shards, if there are enough.
         seed (int): Of the order. Default 0.
         max_bad (int): Records that a reader leaves out because they cannot be read, each named in the log, before it
-            ends the run; of a file that is damaged, all that follows counts as one. Default 0.
+            ends the run; one counts once, whatever the passes, and of a file that is damaged all that follows is one.
+            Default 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -70,7 +73,8 @@ class Stream(IterableDataset):
                  share: Literal['shards', 'samples'] | None = None, seed: int = 0,
                  max_bad: Annotated[int, Ge(0)] = 0) -> None:
         self.pipeline, self.shuffle, self.share, self.seed = Compose(pipeline), shuffle, share, seed
-        self.max_bad, self._bad = max_bad, 0
+        self.max_bad = max_bad
+        self._bad: set[str] = set()
         self.rank, self.world_size = get_dist_info()  # here: a worker that is spawned does not know
         self.go_on({}, 0)
 
@@ -127,21 +131,25 @@ class Stream(IterableDataset):
     def _samples(self, visit: str, found: tuple[str, Any], variants: bool = False) -> Iterator[dict[str, Any]]:
         """What a record gives: one sample, one a variant, or none."""
         try:
-            for sample in every_variant(lambda: self._sample(visit, *found)) if variants else [
-                    self._sample(visit, *found)]:
-                if sample is not None:
-                    yield sample
+            if variants:
+                samples = every_variant(lambda: self._sample(found[1]))
+            else:
+                with drawn_by(visit):
+                    samples = iter([self._sample(found[1])])
+            yield from (sample for sample in samples if sample is not None)
         except SampleError as error:
-            self._leave_out(SampleError(f'{found[0]}: {error}'))
+            self._leave_out(found[0], SampleError(f'{found[0]}: {error}'))
 
-    def _leave_out(self, error: SampleError) -> None:
-        self._bad += 1
-        if self._bad > self.max_bad:
+    def _leave_out(self, place: str, error: SampleError) -> None:
+        if place in self._bad:
+            return
+        if len(self._bad) == self.max_bad:
             raise error
+        self._bad.add(place)
         print_log(f'left out, because it cannot be read: {error}', 'current', level=logging.WARNING)
 
-    def _sample(self, visit: str, where: str, record: Any) -> dict[str, Any] | None:
-        sample = self.pipeline({**self.decode(record), VISIT: visit})
+    def _sample(self, record: Any) -> dict[str, Any] | None:
+        sample = self.pipeline(self.decode(record))
         if sample is not None and not isinstance(sample, Mapping):
             raise SampleError(f'the pipeline of {type(self).__name__} gives a {type(sample).__name__}, but must give '
                               'a sample (a dict), or None to leave it out')
@@ -181,7 +189,7 @@ class Stream(IterableDataset):
         try:
             yield from islice(self.read(shard), row, None)
         except SampleError as error:  # of the file: what follows cannot be read
-            self._leave_out(error)
+            self._leave_out(f'shard {shard}', error)
 
     def _mixed(self, window: list[Any], begin: Position) -> Iterator[tuple[str, tuple[str, Any], Position]]:
         """The rest of a window, in its order."""

@@ -12,6 +12,7 @@ from cdm_plugin.data.optional import needed
 from cdm_plugin.data.pack_inputs import PackInputs
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.data.stream import Stream
+from cdm_plugin.secrets import mask_text
 
 TEXTS = ('prompt', 'txt', 'text', 'caption')
 
@@ -63,23 +64,24 @@ class WebDataset(Stream):
 
     @property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256('\n'.join(self.urls).encode()).hexdigest()[:12]
-        return f'{self.urls[0]} and {len(self.urls) - 1} more tar files ({digest})'
+        urls = list(map(mask_text, self.urls))  # another token reads the same files
+        digest = hashlib.sha256('\n'.join(urls).encode()).hexdigest()[:12]
+        return f'{urls[0]} and {len(urls) - 1} more tar files ({digest})'
 
     def read(self, shard: int) -> Iterator[tuple[str, Any]]:
-        library, url = needed('webdataset', type(self).__name__), self.urls[shard]
-        records, key = library.tariterators.tarfile_samples([dict(url=url)]), None
+        library, url = needed('webdataset', type(self).__name__), mask_text(self.urls[shard])
+        records, key = library.tariterators.tarfile_samples([dict(url=self.urls[shard])]), None
         while True:
             try:
                 record = next(records, None)
             except Exception as error:
-                behind = f', behind {key}' if key else ''
-                raise SampleError(f'{url}{behind}: cannot be read further ({type(error).__name__}: '
-                                  f'{" ".join(str(error.args[0] if error.args else "").split())})') from error
+                where = f'{url}, behind {key}' if key else url
+                reason = mask_text(' '.join(str(error.args[0] if error.args else '').split()))
+                raise SampleError(f'{where}: cannot be read further ({type(error).__name__}: {reason})') from error
             if record is None:
                 return
             key = record['__key__']
-            yield f'{url}, {key}', record
+            yield f'{url}, {key}', {**record, '__url__': url}
 
     def decode(self, record: dict[str, Any]) -> dict[str, Any]:
         sample = dict(record)

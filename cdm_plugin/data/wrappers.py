@@ -3,11 +3,18 @@ from collections.abc import Iterator
 from typing import Any
 
 
+def parts(dataset: Any) -> Iterator[Any]:
+    """A dataset and all that stand inside, in their order."""
+    yield dataset
+    for part in _inner(dataset):
+        yield from parts(part)
+
+
 def leaves(dataset: Any) -> Iterator[Any]:
     """The datasets that are no wrappers, in their order."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    if inner == [None]:
-        yield dataset
-        return
-    for part in inner:
-        yield from leaves(part)
+    return (part for part in parts(dataset) if not _inner(part))
+
+
+def _inner(dataset: Any) -> list[Any]:
+    found = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    return [part for part in found if part is not None]

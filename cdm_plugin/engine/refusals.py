@@ -81,15 +81,15 @@ def _of_mixes(loader: Mapping[str, Any]) -> Iterator[str]:
         if shuffles:
             yield ('train_dataloader.sampler shuffles the draws of a WeightedMixDataset, whose sources are shuffled '
                    "and keeps the proportions by its order: set train_dataloader.sampler=dict(type='MixSampler')")
-    elif any(_has_mix(dataset.get(key)) for key in ('dataset', 'datasets') if isinstance(dataset, Mapping)):
+    elif _has(dataset, WeightedMixDataset):
         yield ('train_dataloader.dataset has a WeightedMixDataset inside of another dataset: wrap its sources instead, '
                'or put their samples into one mix')
 
 
-def _has_mix(value: Any) -> bool:
+def _has(value: Any, kind: type) -> bool:
     if isinstance(value, Mapping):
-        return is_type(value, WeightedMixDataset, DATASETS) or any(map(_has_mix, value.values()))
-    return isinstance(value, (list, tuple)) and any(map(_has_mix, value))
+        return is_type(value, kind, DATASETS) or any(_has(child, kind) for child in value.values())
+    return isinstance(value, (list, tuple)) and any(_has(child, kind) for child in value)
 
 
 def add_missing_hook(cfg: MutableMapping[str, Any]) -> list[str]:
@@ -138,6 +138,10 @@ def _of_streams(cfg: Mapping[str, Any]) -> Iterator[str]:
         key = f'{split}_dataloader'
         loader = cfg.get(key) or {}
         if not isinstance(loader, Mapping) or not is_type(loader.get('dataset'), Stream, DATASETS):
+            if isinstance(loader, Mapping) and _has(loader.get('dataset'), Stream):
+                yield (f'{key}.dataset has a stream inside of another dataset, and a stream is read in its own order: '
+                       f'make it {key}.dataset itself (its max_bad leaves bad records out), or take a dataset with a '
+                       'length, such as HFDataset')
             continue
         stream = class_of(loader['dataset'], DATASETS).__name__
         if split != 'train':

@@ -150,19 +150,23 @@ def _other_tools(job: ExportJob, staging: Path) -> list[str]:
     levels = [f'{level:.4g}' for level in backbone.shift_grid(sigmas, job.method.latent_sizes[0]).tolist()]
     guidance = backbone.embedded_guidance if backbone.config.get('guidance_embeds') else None
     told = '' if guidance is None else f', and {guidance:g} as the guidance that the network is told'
+    anew = job.method.rollout == 'renoise'
     lines = [
         '### In other tools',
-        f'{len(sigmas)} steps of Euler at the noise levels {", ".join(levels)}. The shift for {job.image_size[1]}x'
+        f'{len(sigmas)} steps {"of LCM, which noises the image anew," if anew else "of Euler"} at the noise levels '
+        f'{", ".join(levels)}. The shift for {job.image_size[1]}x'
         f'{job.image_size[0]} pixels is in them. No guidance on top (cfg 1){told}.']
     file = LORA_WEIGHT_NAME_SAFE if job.as_lora else f'transformer/{SAFETENSORS_WEIGHTS_NAME}'
     if job.as_lora or (backbone.whole_in_comfyui and (staging / file).is_file()):
         what = 'Load LoRA, strength 1, on the base' if job.as_lora else (
             "Load Diffusion Model, beside the base's text encoders and VAE")
         node = '' if guidance is None else f', `FluxGuidance` {guidance:g}'
-        lines.append(f'ComfyUI: `{file}` as it is ({what}). Sampler `euler`, `cfg` 1{node}, and the levels by the node '
-                     f'`ManualSigmas`: `{", ".join([*levels, "0"])}`.')
+        sampler = 'lcm' if anew else 'euler'
+        lines.append(f'ComfyUI: `{file}` as it is ({what}). Sampler `{sampler}`, `cfg` 1{node}, and the levels by the '
+                     f'node `ManualSigmas`: `{", ".join([*levels, "0"])}`.')
     if job.sd_scripts:
-        lines.append(f'sd-scripts: `{SD_SCRIPTS_FILE}`, multiplier 1.')
+        lines.append(f'sd-scripts: `{SD_SCRIPTS_FILE}`, multiplier 1'
+                     f'{"; its own sampling takes Euler steps, for which the student is not made" if anew else ""}.')
     return lines
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -38,6 +39,9 @@ class DirectionLoss(ScoreLoss):
             point where the loss trains), and all anchors learn alike. A level of 0.02 then weighs 2,500 times as much
             as one of 1. Default 'x0', as published.
     """
+
+    # The distance in x0 is sigma_n to this power times that in velocity.
+    _order = 2
 
     def __init__(self, alpha: float = 7.0, sigma: Sampler = dict(type='UniformSigma'), min_norm: Positive = 0.1,
                  weight: NotNegative = 1.0, guidance: Guidance = 'plain', space: Space = 'x0') -> None:
@@ -84,7 +88,7 @@ class DirectionLoss(ScoreLoss):
         x0, (delta, reference) = inputs.prediction.x0, self.direction(inputs)
         loss = self.distance(x0, delta, reference)
         if self.space == 'velocity':
-            loss = loss / inputs.prediction.sigma.square()
+            loss = loss / inputs.prediction.sigma**self._order
         return loss, dict(clamp=clamp_share(reference_norm(x0, reference), self.min_norm),
                           left_out=(~delta.isfinite()).sum() + (~reference.isfinite()).sum())
 
@@ -145,11 +149,12 @@ class DMLoss(DirectionLoss):
 class TDMLoss(DMLoss):
     """Distribution matching along the trajectory (TDM, arXiv 2503.06674, eq. 6): z is no x0 noised anew, but the end of
     the anchor's own sampling step, x_e = x_n + (sigma_e - sigma_n) v_n, diffused up to a level within the step. So the
-    scores compare what the student samples with at that level, and each level belongs to one anchor.
+    scores compare what the student samples with at that level, and each level belongs to one anchor. Where the student
+    noises its x0 anew (`rollout='renoise'`), that is its x0 at the level.
 
     Args:
         huber (float, optional): c of the pseudo-Huber distance, in x0; None for the square. Default 1e-3, that of the
-            authors' recipe.
+            authors' recipe. With `space='velocity'` it is c / sigma_n there, and the loss is divided by sigma_n once.
         sigma (dict): Sigma sampler, a StepSigma. Default StepSigma.
         guided, alpha, min_norm, weight, guidance, space: See `DMLoss`. `guided` is True by default.
     """
@@ -158,11 +163,12 @@ class TDMLoss(DMLoss):
                  sigma: Sampler = dict(type='StepSigma'), min_norm: Positive = 0.1, weight: NotNegative = 1.0,
                  guidance: Guidance = 'plain', space: Space = 'x0') -> None:
         super().__init__(guided, alpha, sigma, min_norm, weight, guidance, space)
-        self.huber = huber
+        self.huber, self._order = huber, 2 if huber is None else 1
         check_step_sigma(self.sigma, 'model.losses.*.sigma')
 
     def draw(self, context: DrawContext) -> dict[str, Tensor]:
-        return dict(end_sigma=context.end_sigma, **super().draw(context))
+        end = context.end_sigma if context.rollout == 'ode' else torch.zeros_like(context.anchor_sigma)
+        return dict(end_sigma=end, **super().draw(context))
 
     def noised(self, inputs: LossInputs) -> Tensor:
         draws = inputs.draws

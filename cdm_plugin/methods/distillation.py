@@ -315,6 +315,9 @@ class Distillation(DiffusionModel):
         values, weighted, logs = {}, [], iteration.logs
         for name, loss in self.due_losses.items():
             per_sample, scalars = loss(inputs[name])
+            if per_sample.shape != iteration.anchor.sigma.shape:
+                raise ValueError(f'model.losses.{name} ({type(loss).__name__}) must return the loss of each sample, '
+                                 f'{tuple(iteration.anchor.sigma.shape)}, but returned {tuple(per_sample.shape)}')
             values[name] = per_sample.mean()
             weighted.append(loss.weight * per_sample.detach())
             logs[f'loss_{name}'] = values[name].detach()

@@ -28,9 +28,12 @@ class TDM(Distillation):
         check_step_sigma(self.fake_sigma, 'model.fake_sigma')
         return super()._build_losses(overrides)
 
-    def fake_point(self, anchor: Prediction, draws: Draws, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_point(self, anchor: Prediction, draws: Draws, step: int) -> tuple[Tensor, Tensor, float | Tensor]:
         """The end of the anchor's sampling step, diffused up to the level; the noise in it is partly the student's own,
-        so each sample is weighed by how likely that is, per dimension, as in the authors' code."""
+        so each sample is weighed by how likely that is, per dimension, as in the authors' code. Noised anew, a step's
+        end has no noise of the student's."""
+        if self.rollout == 'renoise':
+            return super().fake_point(anchor, draws, step)
         sigma, fresh = draws.fake_sigma[step], draws.fake_noise[step]
         z = diffuse_step(anchor, fresh, draws.end_sigma, sigma)
         s = expand_sigma(sigma, z)

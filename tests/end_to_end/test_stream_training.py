@@ -136,6 +136,11 @@ def test_pictures_of_a_stream_are_looked_at_before_training(tars, tmp_path):
         train(config(tmp_path / 'run', wrong, 3))
 
 
+def test_a_pipeline_that_leaves_out_all_is_no_hang(tars, tmp_path):
+    with pytest.raises(ValueError, match='train_dataloader.dataset gives no sample in a whole pass'):
+        Runner.from_cfg(config(tmp_path / 'run', dict(tars, pipeline=[lambda sample: None]), 3)).train()
+
+
 def test_a_collate_function_that_loses_the_position_is_named(tars, tmp_path):
     cfg = config(tmp_path / 'run', tars, 3)
     cfg.train_dataloader.collate_fn = lambda samples: dict(

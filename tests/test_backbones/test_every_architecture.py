@@ -446,6 +446,7 @@ def test_blocks_compile_whole_and_compute_the_same(tiny, monkeypatch):
     assert torch.allclose(*gradients, rtol=0, atol=1e-5) and gradients[0].abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('g++') is None, reason='inductor needs g++')
 def test_a_block_compiles_with_inductor():
     config = dict(in_channels=16, num_layers=0, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,

@@ -467,6 +467,10 @@ def test_the_recipe_is_resolved():
     # exp(1.15) at 4096 tokens.
     assert 'shift of 3.158' in report_of(LONGCAT).recipe['sample_sigmas']
     assert 'knows the anchor' in report_of(CDM).recipe['fake score']
+    assert (recipe['rollout'], recipe['sigma_shift']) == ('ode', 'none')
+    other = config(model=dict(rollout='renoise'))
+    other.model.type = 'DecoupledDMD'
+    assert diagnose(other).recipe.items() >= dict(rollout='renoise', sigma_shift='scheduler').items()
 
 
 @pytest.mark.parametrize('options, part', [
@@ -482,7 +486,6 @@ def test_the_recipe_is_resolved():
      'no/embeddings'),
     ({'model.backbone.quantization': dict(load_in_4bit=True), 'model.lora': dict(rank=4)}, 'bitsandbytes'),
     ({'optim_wrapper.fakes': dict(optimizer=dict(type='SGD', lr=1))}, 'optim_wrapper.fakes is no role'),
-    ({'custom_hooks': []}, 'CDMHook'),
     ({'train_dataloader.dataset': dict(type='PromptDataset', data_root='no', ann_file='prompts.txt')},
      "ann_file='prompts.txt' does not exist"),
     ({'train_dataloader.dataset': dict(type='RepeatDataset', times=2, dataset=dict(
@@ -497,8 +500,6 @@ def test_the_recipe_is_resolved():
 def test_what_would_fail_is_a_problem(options, part):
     cfg = config()
     cfg.merge_from_dict(options)
-    if 'custom_hooks' in options:
-        cfg.custom_hooks = []
     report = diagnose(cfg)
     assert any(part in problem for problem in report.problems), report.problems
     assert f'problem: {report.problems[0]}' in format_report(report)

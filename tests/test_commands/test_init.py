@@ -161,7 +161,7 @@ def test_captions_beside_the_pictures(method, folder, capsys):
     (flags('sd3-medium', 'cdm', 'mine/images'), 'a.png has no caption beside it: write a.txt'),
     (flags('sd3-medium', 'cdm', '.'), "'.' has a.jsonl, b.csv: give the one with the captions"),
     (flags('sd3-medium', 'cdm', 'mine/images/a.png'), 'sd3-medium takes texts'),
-    (flags('sd3-medium', 'dmd2-gan', 'prompts.txt'), '--image-column is missing'),
+    (flags('sd3-medium', 'dmd2-gan', 'prompts.txt'), 'names no pictures, from which dmd2-gan learns'),
     (flags('sd3-medium', 'cdm', 'mine/captions.jsonl', '--column', 'captoin'), "--column 'captoin': "),
     (flags('sd3-medium', 'dmd2-gan', 'mine/captions.jsonl', '--images', '.'), "'a.png', is not in .; --images names"),
     (flags('sd3-digits', 'cdm', 'prompts.txt'), 'sd3-digits takes class labels'),

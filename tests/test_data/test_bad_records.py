@@ -187,6 +187,16 @@ def test_in_buckets_a_picture_of_the_same_size_stands_in(tmp_path, logged):
             assert dataset[index]['image'].shape[1] == (16 if index % 3 == 2 else 8)
 
 
+@pytest.mark.parametrize('outer', [
+    lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
+    lambda inner: dict(type='SkipBadRecords', dataset=dict(type='ConcatDataset', datasets=[inner])),
+    lambda inner: dict(type='WeightedMixDataset', sources=dict(a=dict(dataset=inner)))])
+def test_in_buckets_it_must_stand_outermost(outer, tmp_path):
+    dataset = DATASETS.build(outer(dict(type='SkipBadRecords', dataset=pictures(tmp_path, 4))))
+    with pytest.raises(ValueError, match='SkipBadRecords must stand around all other wrappers of train_dataloader'):
+        BucketBatchSampler(DefaultSampler(dataset, shuffle=False, seed=0), 1, [8, (16, 8)])
+
+
 def test_it_is_found_in_a_mix():
     one, other = (SkipBadRecords(BadTestRows()) for _ in range(2))
     mix = WeightedMixDataset(dict(a=dict(dataset=one), b=dict(dataset=BadTestRows()), c=dict(dataset=other)))

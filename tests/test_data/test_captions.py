@@ -9,18 +9,19 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from scipy.stats import binom
 from source_support import write_rows, write_tars
+from stream_support import CountedStream  # noqa: F401  registers it
 
 from cdm_plugin.conditioners import EmbeddingConditioner
 from cdm_plugin.data import EmbeddingDataset, PackInputs, cache_embeddings
-from cdm_plugin.data.captions import VISIT, every_variant
+from cdm_plugin.data.captions import every_variant
 from cdm_plugin.data.pairs import dataset_of
 
 SEVERAL = ['a fox', 'a red fox', 'an animal']
 
 
-def drawn(number=3000, visit=lambda i: i, prompt=SEVERAL, **kwargs):
+def drawn(number=3000, prompt=SEVERAL, **kwargs):
     pack = PackInputs(**kwargs)
-    return [pack({'prompt': prompt, VISIT: visit(i)})['prompt'] for i in range(number)]
+    return [pack(dict(prompt=prompt))['prompt'] for _ in range(number)]
 
 
 def is_share(count, number, share):
@@ -29,30 +30,24 @@ def is_share(count, number, share):
 
 
 def test_each_caption_template_and_the_empty_text_has_its_share():
+    random.seed(0)
     counts = Counter(drawn(template=['{}', 'a photo of {}'], dropout=0.25))
     assert counts.keys() == {'', *SEVERAL, *(f'a photo of {text}' for text in SEVERAL)}
     assert is_share(counts.pop(''), 3000, 0.25)
     assert all(is_share(count, 3000, 0.75 / 6) for count in counts.values())
 
 
-def test_a_draw_is_a_function_of_what_makes_the_reading_unique():
-    once = drawn(100, dropout=0.3)
-    random.seed(1)
-    assert drawn(100, dropout=0.3) == once != drawn(100, visit=lambda i: i + 1, dropout=0.3)
-    assert len(set(drawn(100, visit=lambda i: 'the same'))) == 1
-
-
-def test_without_that_it_follows_pythons_generator_which_mmengine_seeds():
+def test_draws_follow_pythons_generator_which_mmengine_seeds():
     random.seed(5)
-    first, state = drawn(50, visit=lambda i: None), random.getstate()
+    first, state = drawn(50), random.getstate()
     random.seed(5)
-    assert drawn(50, visit=lambda i: None) == first and random.getstate() == state
+    assert drawn(50) == first and random.getstate() == state
 
 
 def test_nothing_is_drawn_of_a_single_caption():
     state = random.getstate()
-    assert set(drawn(10, visit=lambda i: None, prompt='{a} fox', template='on {}')) == {'on {a} fox'}
-    assert set(drawn(10, visit=lambda i: None, prompt=('a fox',))) == {'a fox'}
+    assert set(drawn(10, prompt='{a} fox', template='on {}')) == {'on {a} fox'}
+    assert set(drawn(10, prompt=('a fox',))) == {'a fox'}
     assert random.getstate() == state
 
 
@@ -136,6 +131,13 @@ def test_a_stream_is_cached_in_one_pass(kind, tmp_path):
     assert {dataset[i]['prompt'] for i in range(7)} == {'', *(f'{c}{i}' for i in range(3) for c in 'ab')}
     report = cache_embeddings(cfg, str(tmp_path / 'out'), device='cpu')
     assert report.reused_shards == report.shards == 1
+
+
+def test_what_another_transform_draws_is_refused_of_a_stream_too(tmp_path):
+    cfg = toy_cfg(dataset=dict(type='CountedStream', lengths=[30], pipeline=[
+        lambda sample: dict(prompt=random.choice('abc')), dict(type='PackInputs')]))
+    with pytest.raises(ValueError, match='train_dataloader.dataset draws its prompts: sample .*let PackInputs draw'):
+        cache_embeddings(cfg, str(tmp_path / 'out'), device='cpu')
 
 
 def test_pairs_are_of_one_prompt_each(tmp_path):

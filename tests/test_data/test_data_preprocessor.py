@@ -157,7 +157,8 @@ def test_rows_must_agree():
 
 
 @pytest.mark.parametrize('data, words', [
-    (dict(caption=['a', 'b']), ["needs 'prompt' or 'condition'", "['caption']", "type='PackInputs', prompt=..."]),
+    (dict(caption=['a', 'b']), ["needs 'prompt' or 'condition'", "['caption']",
+                                 "type='mmengine.PackInputs', prompt=..."]),
     ([dict(image=torch.zeros(3, 4, 4))], ["needs 'prompt' or 'condition'", "['image']"]),
     (dict(prompt=[0.5, 1.5]), ['must be texts or class labels', 'a list of a float']),
     (dict(prompt=torch.ones(2)), ['float32 (2,)']),

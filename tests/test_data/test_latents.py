@@ -20,8 +20,8 @@ from cdm_plugin.codecs import VAECodec
 from cdm_plugin.config import load_config
 from cdm_plugin.data import LatentDataset, WeightedMixDataset, cache_latents, check_latents, write_embeddings
 from cdm_plugin.data.latents import cache
-from cdm_plugin.data.latents.cache import drawn_by
 from cdm_plugin.data.latents.files import read_rows
+from cdm_plugin.draws import drawn_by
 
 SIZES = [(16, 16), (24, 16)]
 PROMPTS = ['a fox', 'a cat', 'a fox', 'ships', 'x', 'a red fox', 'dogs']
@@ -183,6 +183,11 @@ def test_a_folder_of_other_latents_is_refused(model, rows, tmp_path):
         assert '\n' not in str(info.value)
     shutil.copytree(model, tmp_path / 'copied')  # the same files elsewhere are the same codec
     assert cache_latents(make_config(str(tmp_path / 'copied'), own), out, device='cpu').reused_shards == 2
+    table = own / 'rows.csv'
+    table.write_text(table.read_text().replace('ships', 'boats'))
+    with pytest.raises(ValueError, match="something else made .rows: '.*' in the cache"):
+        cache_latents(cfg, out, device='cpu')
+    table.write_text(table.read_text().replace('boats', 'ships'))
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(own / '1.png')
     with pytest.raises(ValueError, match='latents of other pictures: sample 1 of train_dataloader.dataset has changed'):
         cache_latents(cfg, out, device='cpu')
@@ -216,6 +221,8 @@ def test_a_model_refuses_the_latents_of_another(model, rows, tmp_path):
     (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(
         type='WeightedMixDataset', sources=dict(web=dict(dataset=cfg.train_dataloader.dataset))))),
      r'is a mix.*--dataset train_dataloader\.dataset\.sources\.web\.dataset'),
+    (lambda cfg: setattr(cfg, 'train_dataloader', dict(dataset=dict(type='AcmePictures', length=0))),
+     'train_dataloader.dataset must have a length of 1 or more'),
     (lambda cfg: cfg.pop('model'), "the config has no 'model.backbone'")])
 def test_what_cannot_be_encoded_is_named(change, message, model, rows, tmp_path):
     cfg = make_config(model, rows)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from acme_plugin import config
+from cache_support import toy_cfg
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cdm_plugin.commands.compare.runs import Run, _read_event_scalars
 from cdm_plugin.data import BucketBatchSampler, MixSampler, WeightedMixDataset, buckets
+from cdm_plugin.data.embeddings.cache import read_prompts
 from cdm_plugin.data.mix import quota_schedule
 from cdm_plugin.data.pack_inputs import PackInputs
 from cdm_plugin.engine.refusals import refusals
@@ -355,3 +357,11 @@ def test_two_ranks_log_sources_that_one_of_them_has(tmp_path):
         assert history[f'count/{name}'] == [
             float(sum(batch.count(name) for batch in step)) for step in zip(seen_0, seen_1)
             if any(name in batch for batch in step)]
+
+
+def test_the_prompts_of_a_mix_are_cached_once_each():
+    captions = [dict(type='CacheTestCaptions', captions=list(texts), field='prompt', pipeline=[dict(type='PackInputs')])
+                for texts in ('abc', 'cd')]
+    cfg = toy_cfg(dataset=dict(type='WeightedMixDataset', sources={
+        name: dict(dataset=dataset, weight=weight) for name, dataset, weight in zip('xy', captions, (99, 1))}))
+    assert read_prompts(cfg, 'train_dataloader.dataset') == ['a', 'b', 'c', 'd']

@@ -207,6 +207,23 @@ def test_bad_tars_are_named(tars, tmp_path):
         samples(web(tmp_path, 'ftp://host/a.tar'))
 
 
+def test_secrets_of_urls_are_in_no_message_and_no_matter_of_a_resume(tmp_path, monkeypatch):
+    def fail(sources):
+        raise OSError(f'no access to {sources[0]["url"]}')
+        yield
+
+    def url(number, count=1):
+        return f'https://me:pass{number}@host/{{0..{count}}}.tar?token=a1b2c3d4e5f6g7h{number}x'
+
+    one = web(tmp_path, url(1))
+    assert one.fingerprint == web(tmp_path, url(2)).fingerprint != web(tmp_path, url(1, 2)).fingerprint
+    monkeypatch.setattr('webdataset.tariterators.tarfile_samples', fail)
+    with pytest.raises(SampleError, match='host/0.tar.*: cannot be read further .OSError: no access to ') as error:
+        samples(one)
+    for text in (one.fingerprint, str(error.value)):
+        assert 'host/0.tar' in text and 'pass1' not in text and 'a1b2c3' not in text
+
+
 # Both streams in workers
 
 
@@ -284,8 +301,19 @@ def test_bad_captions_are_named_by_file(suffix, text, message, tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_pictures_without_captions_are_left_out_up_to_a_limit(pictures):
+    (pictures / 'a/2.txt').unlink()
+    (pictures / 'a/3.txt').write_text(' ')
+    inner = dict(type='ImageCaptionFolder', data_root=str(pictures))
+    assert pairs(DATASETS.build(dict(type='SkipBadRecords', limit=2, dataset=inner))) == [*PAIRS[:2], *PAIRS[4:]]
+    with pytest.raises(SampleError, match=r'2 bad records are more .*2\.PNG has no caption beside it.*3\.txt: the pro'):
+        DATASETS.build(dict(type='SkipBadRecords', limit=1, dataset=inner))
+
+
 def test_no_pictures(tmp_path):
-    with pytest.raises(FileNotFoundError, match='has no pictures'):
+    with pytest.raises(ValueError, match="`caption_suffix` begins with a dot, '.txt', but is 'txt'"):
+        folder(tmp_path, caption_suffix='txt')
+    with pytest.raises(FileNotFoundError, match='has no pictures with captions'):
         folder(tmp_path)
     shutil.rmtree(tmp_path)
     with pytest.raises(FileNotFoundError, match='is no folder'):

@@ -1,16 +1,19 @@
 """Streams: who reads what, in which order, and where one goes on."""
 import json
+import random
 import re
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
+import torch
 from cache_support import toy_cfg
 from mmengine.registry import DATASETS
 from stream_support import CountedStream, counts, given, loader, readers, shards
 from torch.utils.data import DataLoader
 
-from cdm_plugin.data import cache_latents
+from cdm_plugin.data import PackInputs, cache_latents
 from cdm_plugin.data.pairs import dataset_of
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.data.stream import POSITION, Position
@@ -131,10 +134,28 @@ def test_a_record_that_fails_is_named_and_left_out_up_to_a_limit(monkeypatch):
     lines = []
     monkeypatch.setattr('cdm_plugin.data.stream.print_log', lambda text, *args, **kwargs: lines.append(text))
     stream = iter(CountedStream((2, 3), bad=('1/1',), max_bad=2))
-    assert [next(stream)['prompt'] for _ in range(8)] == 2 * ['0/0', '0/1', '1/0', '1/2']
-    assert lines == 2 * ['left out, because it cannot be read: ' + message]
-    with pytest.raises(SampleError, match=re.escape(message)):
-        list(islice(stream, 4))
+    assert [next(stream)['prompt'] for _ in range(20)] == 5 * ['0/0', '0/1', '1/0', '1/2']  # once, whatever the passes
+    assert lines == ['left out, because it cannot be read: ' + message]
+    stream = iter(CountedStream((2, 3), bad=('0/1', '1/1', '1/2'), max_bad=2))
+    assert [next(stream)['prompt'] for _ in range(2)] == ['0/0', '1/0']
+    with pytest.raises(SampleError, match='1/2 of a test'):
+        next(stream)
+
+
+@pytest.mark.parametrize('stop', [1, 17, 18, 30])
+def test_what_a_pipeline_draws_goes_on_too_and_is_another_each_pass(stop):
+    def draw(sample):
+        return {**sample, 'prompt': f'{random.random()} {np.random.rand()} {torch.rand(()).item()}'}
+
+    kwargs = dict(shuffle=3, pipeline=[draw, PackInputs()])
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    whole = list(islice(iter_of(1, 2, UNEVEN, **kwargs), 40))
+    assert len({sample['prompt'] for sample in whole}) == 40
+    rest = CountedStream(UNEVEN, **kwargs)
+    rest.rank, rest.world_size = 1, 2
+    rest.go_on({0: Position(*json.loads(whole[stop][POSITION])[1:])}, 0)
+    assert list(islice(rest, 39 - stop)) == whole[stop + 1:]
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_what_a_pipeline_leaves_out_is_not_given_and_what_is_no_sample_is_an_error():

@@ -51,6 +51,9 @@ REFUSED = {
                            "dataset.type='HFStream' has no end, and train_cfg counts epochs"),
     'validation on a stream': (dict(val_dataloader=STREAM, val_cfg=dict(), val_evaluator=[]),
                                "val_dataloader.dataset.type='HFStream' has no end: take a dataset with a length"),
+    'a stream in another dataset': (
+        dict(train_dataloader=dict(STREAM, dataset=dict(type='SkipBadRecords', dataset=STREAM['dataset']))),
+        'train_dataloader.dataset has a stream inside of another dataset'),
     'epochs without end': (dict(train_cfg=dict(by_epoch=True, max_epochs=1)), "sampler.type='InfiniteSampler'")}
 
 

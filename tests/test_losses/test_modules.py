@@ -259,6 +259,15 @@ def test_a_loss_in_velocity_is_the_squared_distance_of_velocities(loss, predicti
     assert close(grads[1], 2 * w * delta * column(SIGMA) / numel)
 
 
+def test_the_huber_distance_in_velocity_pulls_alike_at_every_level(prediction, answers):
+    """By hand: sqrt((dv)^2 + (c / sigma)^2) - c / sigma for dv = delta / sigma, over the normaliser."""
+    loss, c = TDMLoss(space='velocity'), 1e-3 / column(SIGMA)
+    delta, reference = loss.direction(inputs_of(prediction, answers=answers))
+    norm = (reference - prediction.x0.detach()).abs().mean((1, 2, 3)).clamp(min=0.1)
+    expected = (((delta / column(SIGMA)).square() + c**2).sqrt() - c).mean((1, 2, 3)) / norm
+    assert close(value_of(loss, prediction, answers)[0], expected)
+
+
 def test_the_point_of_tdm_is_the_steps_end_diffused_within_the_step(prediction):
     """By hand: x_e = x + (e - s) v; signal (1 - t) / (1 - e) of it, and noise for the rest of the variance."""
     end, level = [0.6, 0.3, 0.0], [0.8, 0.3, 0.02]

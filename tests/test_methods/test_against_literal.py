@@ -96,6 +96,7 @@ def test_fake_steps_on_one_rollout_equal_the_literal_implementation(labels, netw
 
 @pytest.mark.parametrize('settings', [
     dict(), dict(anchor_aware_fake=True), dict(time_grid=dict(type='DynamicTimeGrid', max_steps=6, low=0.01, high=1.0)),
+    dict(rollout='renoise'),
     dict(fake_steps=2, sigma_shift='scheduler', activation_checkpointing=True)], ids=str)
 def test_tdm_equals_its_literal_implementation(settings, labels, networks_copy):
     """A cycle of TDM: point, importance weights and pseudo-Huber distance as they are written."""

@@ -133,3 +133,10 @@ def test_a_type_that_is_missing_says_which_plugins_are_left_out(site, monkeypatc
     plugins.load()
     with pytest.raises(ValueError, match="'off-parts', CDM_DISABLE_PLUGINS"):
         check_part(dict(type='AcmeThing'), 'model')
+
+
+def test_a_loss_that_is_none_of_each_sample_is_named(monkeypatch):
+    method = tiny_method('DMD2', student_every=1)
+    monkeypatch.setattr(method.losses['dm'], 'forward', lambda inputs: (inputs.prediction.x0.mean(), {}))
+    with pytest.raises(ValueError, match=r'losses.dm \(DMLoss\) must return .* sample, \(2,\), but returned \(\)'):
+        train(method)

@@ -31,6 +31,7 @@ CASES = {
     'cdm, accumulated': (dict(type='CDM', student_every=2), dict(accumulative_counts=2), {}),
     'lora, one rollout': (dict(type='CDM', fake_steps=2, student_every=1, lora=dict(rank=2)), {}, {}),
     'cdm, unused': (dict(type='CDM', student_every=2), {}, dict(find_unused_parameters=True)),
+    'tdm, lora': (dict(type='TDM', losses=dict(dm=dict(huber=None)), lora=dict(rank=2)), {}, {}),
     'dmd2': (dict(type='DMD2', student_every=2), {}, {}),
     'decoupled dmd': (dict(type='DecoupledDMD', student_every=2, max_batch_per_call=3), {}, {}),
     'lora': (dict(type='CDM', student_every=2, anchor_aware_fake=True, activation_checkpointing=True,

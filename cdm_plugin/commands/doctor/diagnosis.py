@@ -129,6 +129,7 @@ def _recipe(cfg: Config, method: DiffusionModel, wrappers: dict[str, Any], batch
                              f'{method.backbone.shift(method.latent_sizes[0]):.4g}: '
                              f'{_numbers(method.shift(sigmas).tolist())}')
     every = getattr(method, 'student_every', 1)
+    rows['rollout'] = method.rollout
     if isinstance(method, Distillation):
         rows['teacher'] = _teacher(cfg, method)
         rows['alpha'] = f'{method.alpha:g} (guidance scale {method.alpha + 1:g})'
@@ -137,7 +138,7 @@ def _recipe(cfg: Config, method: DiffusionModel, wrappers: dict[str, Any], batch
                               f'{"knows" if hasattr(method.fake, "anchor_embedding") else "does not know"} the anchor')
         rows['time grid'] = _describe(method.time_grid)
         rows['fake_steps'], rows['student_every'] = str(method.fake_steps), str(every)
-        rows['fake_merge'] = f'{method.fake_merge:g}'
+        rows['fake_merge'], rows['sigma_shift'] = f'{method.fake_merge:g}', method.sigma_shift
     else:
         rows['sigma'], rows['drop_rate'] = _describe(method.sigma), f'{method.drop_rate:g}'
     rows['LoRA'] = 'off'

@@ -35,8 +35,8 @@ def build_on_meta(model: dict[str, Any], report: Report) -> DiffusionModel:
     """
     cls, backbone = class_of(model, MODELS), dict(model.get('backbone') or {})
     if not is_type(cls, DiffusionModel):
-        raise ValueError(f'model.type={model.get("type")!r} is no method of cdm_plugin: take CDM, DecoupledDMD, DMD2 '
-                         'or FlowMatching')
+        raise ValueError(f'model.type={model.get("type")!r} is no method of cdm_plugin: take CDM, DecoupledDMD, DMD2, '
+                         'TDM or FlowMatching')
     base, given = class_of(backbone, MODELS), backbone.pop('type', None)
     if not is_type(base, Backbone):
         raise ValueError(f'model.backbone.type={given!r} is no backbone')

@@ -174,7 +174,7 @@ def open_dataset(cfg: Config, key: str) -> tuple[Any, Any]:
     """A dataset of a config, without repetitions, and what the config says of it.
 
     Raises:
-        ValueError: If there is no such dataset, or it has embeddings or latents.
+        ValueError: If there is no such dataset, or it has embeddings.
     """
     dataset_cfg: Any = cfg
     for part in key.split('.'):

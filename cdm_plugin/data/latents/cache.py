@@ -1,14 +1,12 @@
 """Latents of a whole dataset's pictures, computed once."""
-import contextlib
+import hashlib
 import json
-import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -34,7 +32,8 @@ from cdm_plugin.data.latents.files import (
     write_index,
 )
 from cdm_plugin.data.mix import WeightedMixDataset
-from cdm_plugin.draws import randomness_kept, stream
+from cdm_plugin.draws import drawn_by
+from cdm_plugin.errors import describe as describe_error
 from cdm_plugin.files import clear_parts
 from cdm_plugin.locks import held
 from cdm_plugin.secrets import without_secrets
@@ -116,6 +115,8 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
         if isinstance(source, WeightedMixDataset):
             raise ValueError(f'{dataset} is a mix, whose proportions are no matter of a cache: cache each source by '
                              f'itself, --dataset {dataset}.sources.{source.names[0]}.dataset')
+        if isinstance(source, IterableDataset) or not hasattr(source, '__len__') or not len(source):
+            raise ValueError(f'{dataset} must have a length of 1 or more, so that latent i is of sample i')
         # A conditioner without weights: texts are none of this function's business.
         backbone = MODELS.build({**cfg.model.backbone, 'conditioner': Conditioner()})
         sizes = image_sizes(cfg.model['image_size'], 'model.image_size') if cfg.model.get('image_size') else [
@@ -123,7 +124,8 @@ def cache_latents(cfg: Config, out: str, views: int = 1, seed: int = 0, dtype: s
         plain = without_secrets(source_cfg) if isinstance(source_cfg, dict) else type(source).__name__
         index = json.loads(json.dumps(dict(
             version=VERSION, samples=len(source), views=views, seed=seed, dtype=dtype, shard_size=shard_size,
-            scale=backbone.codec.scale, dataset=plain, **describe_codec(backbone.codec, backbone.load_kwargs)),
+            scale=backbone.codec.scale, dataset=plain, rows=_digest_rows(source),
+            **describe_codec(backbone.codec, backbone.load_kwargs)),
             default=str))
         job = _Job(root / FOLDER, source, dataset, index, sizes, backbone.codec.to(device or get_device()).eval())
         reused = job.open()
@@ -147,17 +149,6 @@ class _Views(Dataset):
         prompts = dict.fromkeys(sample['prompt'] for sample in samples if isinstance(sample, Mapping)
                                 and sample.get('prompt') is not None)
         return place, samples[0], list(prompts)
-
-
-@contextlib.contextmanager
-def drawn_by(*key: Any) -> Iterator[None]:
-    """Context in which Python's, NumPy's and torch's random numbers are a function of the key."""
-    number = int(torch.randint(2**32, (), generator=stream('view', *key)))
-    with randomness_kept():
-        random.seed(number)
-        np.random.seed(number)
-        torch.manual_seed(number)
-        yield
 
 
 class _Job:
@@ -299,6 +290,18 @@ class _Job:
             prompt for place in sorted(prompts) for prompt in prompts[place]))
         weight = sum(entry['bytes'] for entry in self.index['shards'])
         return LatentReport(str(root), len(prompts), len(self.index['shards']), reused, weight, sizes, distinct)
+
+
+def _digest_rows(dataset: Any) -> str:
+    """A digest of what a dataset says of its samples, captions above all, before pictures are read."""
+    digest = hashlib.sha256()
+    for i in range(len(dataset)) if hasattr(dataset, 'get_data_info') else ():
+        try:
+            row = dataset.get_data_info(i)
+        except Exception as error:  # of a bad record, which is met again when it is read
+            row = describe_error(error)
+        digest.update(json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode())
+    return digest.hexdigest()[:16]
 
 
 def _checksum(image: Tensor) -> int:

@@ -19,7 +19,7 @@ from cdm_plugin.files import whole_file
 
 FOLDER, INDEX, VERSION = 'latents', 'index.json', 1
 ROWS = 'row_ids'
-KEYS = dict(samples=int, views=int, seed=int, dtype=str, shard_size=int, scale=int, labels=bool, codec=dict,
+KEYS = dict(samples=int, views=int, seed=int, dtype=str, shard_size=int, scale=int, labels=bool, rows=str, codec=dict,
             source=dict, shards=list)
 
 
