@@ -56,7 +56,7 @@ class DataCheckHook(Hook):
         if not samples:
             raise ValueError('train_dataloader.dataset gives no sample in a whole pass: its pipeline leaves all out')
         check_pictures([sample['image'] for sample in samples if isinstance(sample, dict) and 'image' in sample],
-                       method.backbone.codec, method.latent_sizes)
+                       method.backbone, method.latent_sizes)
         data = method.data_preprocessor(samples[:1], True)
         with torch.no_grad():
             condition = method.backbone.condition(data).to(method.device)

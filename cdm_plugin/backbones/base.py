@@ -263,8 +263,8 @@ class Backbone(ScheduledLevels, nn.Module):
             if not key.startswith('_') and (list(found) if isinstance(found, (list, tuple)) else found) != (
                     list(value) if isinstance(value, (list, tuple)) else value):
                 raise ValueError(f'model.backbone.config.{key}={value!r}, but the network in {self.pretrained!r} has '
-                                 f'{found!r}: with pretrained, config only states what is expected; leave it out or '
-                                 'correct it')
+                                 f'{found!r}: with pretrained, config only states what is expected; correct it, or '
+                                 'leave it out (over a recipe: config=None)')
         return loaded
 
     def _pretrained_config(self) -> dict[str, Any]:

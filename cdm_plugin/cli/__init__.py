@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # What there is, by task.
 COMMANDS = {
     'start': {
+        'demo': 'distils the digits teacher and judges the student',
         'configs': 'lists the recipes that come with the package, with a line each',
         'init': 'writes a config of your own to start from, for your model, data and method'},
     'train and check': {
@@ -40,7 +41,6 @@ COMMANDS = {
     'export': {
         'export': 'writes a trained student as a diffusers pipeline or LoRA file, with a model card'},
     'other': {
-        'demo': 'distils the digits teacher and judges the student',
         'plugins': 'lists the plug-ins, and what each has registered'},
 }
 

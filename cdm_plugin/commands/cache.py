@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -40,12 +41,39 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'--views {args.views} is of pictures: give --latents as well')
     if encodes:
         folder = _cache_embeddings(cfg, args, prompts)
-    settings = [f"train_dataloader.dataset=dict(type='{kind}Dataset', data_root={folder!r})"]
+    print(f'to train on them, in a config over this one:\n{_over(cfg, args.config, kind, folder, encodes)}')
+
+
+def _over(cfg: Config, config: str, kind: str, folder: str, encodes: bool) -> str:
+    """A config over `config` that trains on the folder. It says `_delete_` where the base has the key:
+    elsewhere MMEngine hands it to the class."""
+    from cdm_plugin.config import RECIPES, find_config
+
+    def replaced(base: Any, **value: Any) -> dict[str, Any]:
+        return dict(_delete_=True, **value) if base is not None else value
+    file = Path(find_config(config))
+    backbone: dict[str, Any] = {}
     if encodes:
-        settings.append(f"model.backbone.conditioner=dict(type='EmbeddingConditioner', folder={folder!r})")
-    if args.latents and _is_autoencoder(cfg):
-        settings.append('model.backbone.codec=dict(lazy=True)')
-    print(f'to train on them: {" and ".join(settings)}')
+        backbone['conditioner'] = replaced(
+            cfg.model.backbone.get('conditioner'), type='EmbeddingConditioner', folder=folder)
+    if kind == 'Latent' and _is_autoencoder(cfg):
+        backbone['codec'] = dict(lazy=True)
+    dataset = replaced(cfg.get('train_dataloader', {}).get('dataset'), type=f'{kind}Dataset', data_root=folder)
+    shipped = file.is_relative_to(RECIPES)
+    lines = [f'_base_ = {(f"cdm_plugin::{file.relative_to(RECIPES).as_posix()}" if shipped else config)!r}']
+    if backbone:
+        lines.append(f'model = {_code(dict(backbone=backbone))}')
+    lines.append(f'train_dataloader = {_code(dict(dataset=dataset))}')
+    if kind == 'Embedding':
+        lines.append('# a dataset of pictures, or of captions that are drawn, stays: leave its line out')
+    return '\n'.join(lines)
+
+
+def _code(value: Any) -> str:
+    """A dict as MMEngine's configs write it."""
+    if not isinstance(value, dict):
+        return repr(value)
+    return f"dict({', '.join(f'{key}={_code(item)}' for key, item in value.items())})"
 
 
 def _cache_latents(cfg: Config, args: argparse.Namespace) -> tuple[str, list[str] | None]:

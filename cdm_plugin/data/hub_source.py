@@ -69,7 +69,8 @@ def raw_sample(row: Mapping[str, Any], features: Mapping[str, Any] | None, where
     sample = dict(row)
     for name, feature in (features or {}).items():
         value, kind = sample.get(name), type(feature).__name__
-        if kind == 'Image' and isinstance(value, Mapping):
+        # A file written without the library's features has its pictures in the same form, as a plain struct.
+        if isinstance(value, Mapping) and (kind == 'Image' or set(value) == {'bytes', 'path'}):
             path, content = value.get('path'), value.get('bytes')
             sample[name] = open_image(path if content is None else content, path or f'{where}, {name}')
         elif kind == 'ClassLabel' and isinstance(value, int) and value >= 0:

@@ -83,17 +83,17 @@ def to_image_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(channels_first / (np.iinfo(pixels.dtype).max / 2) - 1)
 
 
-def check_pictures(pictures: Sequence[Any], codec: Any, latent_sizes: Sequence[tuple[int, int]]) -> None:
+def check_pictures(pictures: Sequence[Any], backbone: Any, latent_sizes: Sequence[tuple[int, int]]) -> None:
     """A first look at pictures of a dataset: their range, and their size.
 
     Args:
         pictures (Sequence): Some of them; what is no float tensor (C, H, W) is left to the data preprocessor.
-        codec (Codec): The backbone's.
+        backbone (Backbone): What is trained.
         latent_sizes (Sequence): Height and width of the latents of `model.image_size`.
 
     Raises:
-        ValueError: If the codec cannot take their size, or pixels lie far outside [-1, 1], as those of 0 to 255 or
-            of ImageNet's mean and deviation do.
+        ValueError: If codec or network cannot take their size, or pixels lie far outside [-1, 1], as those of 0 to
+            255 or of ImageNet's mean and deviation do.
     """
     pictures = [p for p in pictures if isinstance(p, Tensor) and p.is_floating_point() and p.ndim == 3 and p.numel()]
     if not pictures:
@@ -107,12 +107,19 @@ def check_pictures(pictures: Sequence[Any], codec: Any, latent_sizes: Sequence[t
         print_log(f'none of {len(pictures)} pictures of train_dataloader.dataset has a pixel below 0 (they lie in '
                   f'[{low:.3g}, {high:.3g}]), while black is -1: if they are in [0, 1], train on 2 x - 1, or give '
                   'PackInputs uint8 pixels', 'current', level=logging.WARNING)
-    try:
-        others = sorted({tuple(p.shape[1:]) for p in pictures if codec.latent_size(*p.shape[1:]) not in latent_sizes})
-    except ValueError as error:
-        raise ValueError(f'pictures of train_dataloader.dataset do not fit the codec: {error}') from None
+    others = set()
+    for height, width in sorted({tuple(p.shape[1:]) for p in pictures}):
+        try:
+            size = backbone.codec.latent_size(height, width)
+            backbone.check_latent_size(size, (height, width))
+        except ValueError as error:
+            raise ValueError(f'pictures of train_dataloader.dataset: {error}; '
+                             "dict(type='ResizeCrop', sizes=...) in its pipeline brings them to a size") from None
+        if size not in latent_sizes:
+            others.add((height, width))
     if others:
-        print_log(f'pictures of train_dataloader.dataset have {", ".join(f"{h}x{w}" for h, w in others[:3])} pixels '
+        sizes = ', '.join(f'{height}x{width}' for height, width in sorted(others)[:3])
+        print_log(f'pictures of train_dataloader.dataset have {sizes} pixels '
                   '(height x width), which model.image_size has not: they train at their own size, while what is '
                   'sampled in validation, grids and exports has that of model.image_size', 'current',
                   level=logging.WARNING)

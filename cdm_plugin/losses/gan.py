@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmengine.registry import MODELS
-from torch import Tensor, cat, nn
+from torch import Tensor, autocast, cat, nn
 from torch.nn.functional import softplus
 
 from cdm_plugin.arguments import Count, NotNegative
@@ -38,7 +38,9 @@ class DiscriminatorHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits of real, (B, blocks), of as many maps (B, D, h, w)."""
         dtype = self.branches[0][0].weight.dtype
-        return cat([branch(x.to(dtype)) for branch, x in zip(self.branches, maps)], dim=1)
+        # On a CPU in bfloat16, torch 2.13 gives wrong gradients, often infinite ones, of convolutions over one place.
+        with autocast('cpu', enabled=False):
+            return cat([branch(x.to(dtype)) for branch, x in zip(self.branches, maps)], dim=1)
 
 
 @MODELS.register_module()

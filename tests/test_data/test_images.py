@@ -4,12 +4,13 @@ import pytest
 import torch
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
 from picture_support import BROKEN, GRAY, NOISE, RAMP, RED, broken_pictures, good_pictures, square
 from PIL import Image
+from tests_support import tiny_backbone
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from cdm_plugin.codecs import PixelCodec
 from cdm_plugin.data import PackInputs, images
 from cdm_plugin.data.images import check_pictures, read_image
 from cdm_plugin.data.sample import SampleError
@@ -163,26 +164,37 @@ def test_a_real_worker_says_the_same_line(broken, good, place):
     assert str(info.value) == str(alone.value)
 
 
+def backbone(scale=1):
+    """A tiny one whose network takes latents of at most 8x8."""
+    return MODELS.build({**tiny_backbone(), 'codec': dict(type='PixelCodec', scale=scale)})
+
+
 @pytest.mark.parametrize('scale, shift, error', [
     (1, 0, None), (1.3, 0, None), (127.5, 127.5, r'lie in \[0, 255\]'), (2.2, 0.1, r'\[-2.1, 2.3\]')])
 def test_pictures_of_another_range_are_found(scale, shift, error):
     pictures = [torch.linspace(-1, 1, 48).view(3, 4, 4) * scale + shift]
     if error is None:
-        check_pictures(pictures, PixelCodec(), [(4, 4)])
+        check_pictures(pictures, backbone(), [(4, 4)])
     else:
         with pytest.raises(ValueError, match=error):
-            check_pictures(pictures, PixelCodec(), [(4, 4)])
+            check_pictures(pictures, backbone(), [(4, 4)])
 
 
 def test_pictures_in_0_to_1_or_of_another_size_are_warned_of(caplog):
+    fine, coarse = backbone(), backbone(2)
     logger = MMLogger.get_instance('look')
     logger.addHandler(caplog.handler)
-    good, wide = [torch.rand(3, 4, 4) * 2 - 1] * 3, torch.rand(3, 4, 6)
-    check_pictures(good, PixelCodec(), [(4, 4)])
-    check_pictures([torch.zeros(3, 4, 4, dtype=torch.uint8), 'a path', None], PixelCodec(), [(4, 4)])
+    good, wide = [torch.rand(3, 4, 4) * 2 - 1] * 3, torch.rand(3, 4, 8)
+    check_pictures(good, fine, [(4, 4)])
+    check_pictures([torch.zeros(3, 4, 4, dtype=torch.uint8), 'a path', None], fine, [(4, 4)])
     assert not caplog.messages
-    check_pictures([wide, wide], PixelCodec(2), [(2, 2)])
+    check_pictures([wide, wide], coarse, [(2, 2)])
     assert len(caplog.messages) == 2
-    assert 'none of 2 pictures' in caplog.messages[0] and '4x6 pixels' in caplog.messages[1]
-    with pytest.raises(ValueError, match='4x6 must be divisible by 4'):
-        check_pictures([wide], PixelCodec(4), [(1, 1)])
+    assert 'none of 2 pictures' in caplog.messages[0] and '4x8 pixels' in caplog.messages[1]
+
+
+@pytest.mark.parametrize('scale, size, words', [
+    (4, (4, 6), '4x6 must be divisible by 4'), (2, (4, 20), r'image size \(4, 20\) .*multiples of 4 pixels up to 16')])
+def test_pictures_that_codec_or_network_cannot_take_are_refused(scale, size, words):
+    with pytest.raises(ValueError, match=f'^pictures of train_dataloader.dataset: .*{words}.*; .*ResizeCrop'):
+        check_pictures([torch.zeros(3, *size)], backbone(scale), [(2, 2)])

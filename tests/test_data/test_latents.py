@@ -17,6 +17,7 @@ from tests_support import recording_optimizers, same_bits, tiny_backbone, tiny_m
 
 from cdm_plugin.cli import main
 from cdm_plugin.codecs import VAECodec
+from cdm_plugin.config import load_config
 from cdm_plugin.data import LatentDataset, WeightedMixDataset, cache_latents, check_latents, write_embeddings
 from cdm_plugin.data.latents import cache
 from cdm_plugin.data.latents.files import read_rows
@@ -304,8 +305,11 @@ def test_one_call_caches_prompts_and_pictures_and_training_reads_no_autoencoder(
     assert main(['cache', str(tmp_path / 'own.py'), '--out', out, '--latents', '--dtype', 'float32']) == 0
     printed = capsys.readouterr().out
     assert '7 latents (4 of 16x16, 3 of 24x16)' in printed and '6 prompts' in printed
-    assert f"train_dataloader.dataset=dict(type='LatentDataset', data_root={out!r}) and model.backbone.cond" in printed
-    assert 'model.backbone.codec=dict(lazy=True)' in printed
+    (tmp_path / 'over.py').write_text(printed.split('in a config over this one:\n')[1])
+    over = load_config(str(tmp_path / 'over.py'))
+    assert over.model.backbone.conditioner == dict(type='EmbeddingConditioner', folder=out)
+    assert over.model.backbone.codec == dict(lazy=True) and over.model.backbone.pretrained == model
+    assert over.train_dataloader.dataset == dict(type='LatentDataset', data_root=out)
     assert main(['cache', str(tmp_path / 'own.py'), '--out', out, '--views', '2']) == 2
 
     def train(name, dataset, codec, iterations=4, resume=False):

@@ -4,6 +4,8 @@ import json
 import pickle
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mmengine.registry import DATASETS
 from source_support import content, number, picture, write_rows, write_tar, write_tars
@@ -68,6 +70,17 @@ HF = pytest.mark.parametrize('kind', ['HFDataset', 'HFStream'])
 
 
 # Hugging Face
+
+
+@HF
+def test_pictures_of_a_parquet_file_without_the_librarys_features(kind, tmp_path):
+    contents = []
+    for i in range(3):
+        picture(i).save(tmp_path / 'a.png')
+        contents.append(dict(prompt=f'picture {i}', image=dict(bytes=(tmp_path / 'a.png').read_bytes(), path=None)))
+    pq.write_table(pa.Table.from_pylist(contents), tmp_path / 'a.parquet')
+    pipeline = [dict(type='PackInputs', image='image')]
+    assert pairs(hf(kind, tmp_path, pipeline=pipeline)) == [(f'picture {i}', i) for i in range(3)]
 
 
 @HF

@@ -12,6 +12,7 @@ from tiny_pipelines import save_tiny_flux
 from torch.nn.functional import pixel_unshuffle
 
 from cdm_plugin.export import export
+from cdm_plugin.losses.gan import DiscriminatorHead
 from cdm_plugin.roles.weights import unwrap
 
 GAN = dict(type='GANLoss', weight=0.3, fake_weight=0.2, width=16)
@@ -296,3 +297,16 @@ def test_a_dataset_without_pictures_is_named_before_training(tmp_path):
 def test_without_the_gan_its_optimizer_is_left_aside(tmp_path):
     runner = run(tmp_path, 'run', 1, **{'model.losses.gan': None, 'model.losses.dm': dict(weight=1.0)})
     assert runner.model.trained_roles == ('student', 'fake') and not hasattr(runner.model, 'discriminator')
+
+
+def test_gradients_of_a_small_map_in_bfloat16_are_those_in_float32():
+    torch.manual_seed(0)
+    head, map = DiscriminatorHead(16), torch.randn(8, 16, 4, 4)
+    gradients = []
+    for autocast in (False, True):
+        head.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            head([map]).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in head.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
