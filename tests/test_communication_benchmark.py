@@ -24,6 +24,7 @@ def train(folder):
     communication.train(int(os.environ['RANK']), int(os.environ['MASTER_PORT']), 'DMD2', 3, False, 2, folder)
 
 
+@pytest.mark.slow
 def test_stage_3_gathers_a_network_for_each_call_and_each_pass(tmp_path):
     launch(train, str(tmp_path))
     fake_step, student_step = json.loads((tmp_path / 'rows.json').read_text())

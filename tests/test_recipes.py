@@ -109,7 +109,7 @@ def test_a_recipe_is_what_its_name_says(recipe):
 
 
 @pytest.mark.parametrize('recipe, gpus, batch, iterations, student_steps', [
-    (SD3, 8, 16, 4000, 2000), (LONGCAT, 8, 8, 2000, 1000)], ids=['sd3', 'longcat'])
+    (SD3, 8, 16, 4000, 2000), pytest.param(LONGCAT, 8, 8, 2000, 1000, marks=pytest.mark.slow)], ids=['sd3', 'longcat'])
 def test_the_published_numbers(recipe, gpus, batch, iterations, student_steps):
     """What the paper and its authors' code say of their runs."""
     cfg = load_config(recipe)

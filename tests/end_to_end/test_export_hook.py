@@ -45,7 +45,7 @@ def draw(folder, noise):
     return 2 * images - 1
 
 
-@pytest.mark.parametrize('lora', [None, dict(rank=2)], ids=['full', 'lora'])
+@pytest.mark.parametrize('lora', [pytest.param(None, marks=pytest.mark.slow), dict(rank=2)], ids=['full', 'lora'])
 def test_a_run_with_the_hook_trains_to_the_same_bits(lora, text_run, tmp_path):
     text_run('plain', lora=lora).train()
     expected = torch.rand(3)

@@ -67,8 +67,8 @@ def sources(tmp_path_factory):
 
 # The other methods only ask fewer questions; tests/test_scale/test_partition.py has more of the combinations.
 @pytest.mark.parametrize('name, method, weights', [
-    ('sd3', 'CDM', 'lora'), ('longcat', 'CDM', 'full'), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
-        ('sd3', 'CDM', 'full'), ('sd3', 'DMD2', 'lora'), ('longcat', 'CDM', 'lora'),
+    ('sd3', 'CDM', 'lora'), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        ('longcat', 'CDM', 'full'), ('sd3', 'CDM', 'full'), ('sd3', 'DMD2', 'lora'), ('longcat', 'CDM', 'lora'),
         ('longcat', 'DecoupledDMD', 'full'), *((name, 'CDM', weights) for name in NEWER
                                                for weights in ('lora', 'full'))))])
 def test_train_resume_sample_export(name, method, weights, sources, tmp_path):

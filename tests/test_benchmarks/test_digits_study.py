@@ -31,6 +31,7 @@ def test_no_two_rows_are_one(plan):
     assert sum(row.group == 'changes' for row in rows) == 3 + 6 + 2
 
 
+@pytest.mark.slow
 def test_schedules_are_as_long_as_the_run_and_never_rise(plan, study, tmp_path):
     for name, row in plan.ROWS.items():
         cfg = study.config_of(row, 3, tmp_path)

@@ -38,7 +38,7 @@ def test_a_config_in_plain_python_is_examined(tmp_path):
     assert "did you mean 'alpha'" in diagnose(read_config(path, {'model.alpa': 1.0})).problems[0]
 
 
-@pytest.mark.parametrize('style', STYLES)
+@pytest.mark.parametrize('style', [STYLES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in STYLES[1:])])
 def test_what_is_missing_is_seen_in_any_style(style):
     cfg = restyled(read_config(CDM), style)
     cfg.custom_hooks = cfg.custom_hooks[1:]

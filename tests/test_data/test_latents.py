@@ -167,6 +167,7 @@ def other_vae(model, folder):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_latents_is_refused(model, rows, tmp_path):
     own = tmp_path / 'rows'
     shutil.copytree(rows, own)

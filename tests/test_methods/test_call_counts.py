@@ -1,4 +1,4 @@
-"""What an iteration costs, against the table of docs/performance.md: stopping at the anchors and sharing the on-trajectory forward."""
+"""What an iteration costs, against docs/performance.md: stopping at the anchors, one on-trajectory forward."""
 from collections import Counter
 
 import pytest
