@@ -1,5 +1,6 @@
 """A teacher that is not the model's own pretrained network: fine-tuned weights, a LoRA file, or another size."""
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,7 +123,9 @@ def add_adapter(network: ModelMixin, path: str, name: str, scale: float = 1.0) -
                          f'{missing}: it belongs to another architecture')
     for layer in layers:
         weights[f'{layer}.lora_B.weight'] = weights[f'{layer}.lora_B.weight'] * scale
-    network.load_lora_adapter(weights, prefix=None, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Already found a `peft_config`')  # several adapters are meant
+        network.load_lora_adapter(weights, prefix=None, adapter_name=name)
 
 
 @torch.no_grad()

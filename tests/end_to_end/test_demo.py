@@ -103,7 +103,7 @@ def test_the_console_has_a_bar_with_the_distance_the_table_and_what_comes_next(b
     assert len(set(distances)) == 2 and max(distances) < brief[1]['student', 4]['fd']  # of 20
     lines = text.strip().splitlines()
     assert len(lines) < 25 and lines[0].startswith('Guidance scale') and 'fewer' in lines[0] + lines[1]
-    for command in ('cdm sample', 'cdm compare', 'cdm doctor'):
+    for command in ('cdm sample', 'cdm compare', 'cdm init'):
         assert any(command in line for line in lines[-5:])
     assert 'mmengine' not in text and 'System environment' in (brief[0] / 'log.txt').read_text()
 

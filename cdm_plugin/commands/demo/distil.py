@@ -24,7 +24,7 @@ DISTANCE = 'digits/fd'
 RECIPE = 'digits/cdm-fixed-grid_sd3-digits_1xb32_4step_400.py'
 
 # What may come next.
-OTHER, OWN = 'digits/dmd2_sd3-digits_1xb32_4step_800.py', 'sd3/cdm_lora_sd3-medium_1xb4_4step_4k.py'
+OTHER = 'digits/dmd2_sd3-digits_1xb32_4step_800.py'
 
 
 class ProgressBarHook(Hook):
@@ -91,5 +91,5 @@ def distil_and_judge(work_dir: str, options: dict[str, Any] | None = None, num_s
           f'  sample it             cdm sample {student} --prompts 0 1 2 3 --out images\n'
           f'  compare it            cdm train {OTHER} --work-dir work_dirs/dmd2\n'
           f'                        cdm compare {work_dir} work_dirs/dmd2 --out compare.html\n'
-          f'  begin with your own   cdm doctor {OWN}, and README: In your own training')
+          f'  begin with your own   cdm init my_student.py; in a config of yours, README: In your own training')
     return results
