@@ -224,3 +224,9 @@ def test_a_command_is_the_same_file_under_both_names():
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
                            env={**os.environ}).stdout.split()
     assert Path(found[0]).name == main_file.name and Path(found[1]).samefile(PACKAGE / 'commands' / 'train.py')
+
+
+def test_what_libraries_say_at_every_start_is_left_out():
+    """DeepSpeed's line on a machine without a GPU, and those of transformers without torchvision."""
+    done = subprocess.run([sys.executable, '-m', 'cdm_command', 'plugins'], capture_output=True, text=True, check=True)
+    assert not any(words in done.stdout + done.stderr for words in ('real_accelerator', 'requires torchvision'))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import runpy
 import signal
@@ -144,9 +145,17 @@ def parse_options(texts: list[str]) -> dict[str, Any]:
 
 
 def script() -> None:
-    """The script `cdm`: `main` in a process of its own, whose tracebacks have no secrets."""
+    """The script `cdm`: `main` in a process of its own, whose tracebacks have no secrets. DeepSpeed, which MMEngine
+    imports, and transformers do not say at every start what they do without."""
+    for name in ('DeepSpeed', 'transformers.utils.import_utils'):
+        logging.getLogger(name).addFilter(_is_news)
     sys.excepthook = _print_masked
     sys.exit(main())
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return 'Setting accelerator to CPU' not in text and 'requires torchvision (not installed)' not in text
 
 
 def _print_masked(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:

@@ -1,3 +1,3 @@
-from cdm_plugin.cli import script
+from . import script  # by either of its two names
 
 script()
