@@ -59,11 +59,26 @@ class ClipGrad(TypedDict, total=False):
     foreach: bool | None
 
 
+class ProcessGroup(TypedDict, total=False):
+    """`env_cfg.dist_cfg`: what MMEngine's `init_dist` and torch's `init_process_group` take."""
+    backend: str | None
+    init_backend: str
+    timeout: Positive | None
+    port: int | None
+    init_method: str | None
+    world_size: int
+    rank: int
+    store: Any
+    group_name: str
+    pg_options: Any
+    device_id: Any
+
+
 class Environment(TypedDict, total=False):
     """`env_cfg`."""
     cudnn_benchmark: bool
     mp_cfg: dict
-    dist_cfg: dict
+    dist_cfg: ProcessGroup | None
     resource_limit: Count
 
 

@@ -226,6 +226,8 @@ VALUES = [
     ('param_scheduler', [None], r'param_scheduler\[0\] must be a dict with a type, but is None'),
     ('randomness', dict(seed='x'), "randomness.seed must be a whole number of 0 or more or None, but is 'x'"),
     ('env_cfg.mp_cfg.mp_start_metod', 'fork', "env_cfg.mp_cfg.mp_start_metod is unknown: .* 'mp_start_method'"),
+    ('env_cfg.dist_cfg.bakend', 'gloo', "env_cfg.dist_cfg.bakend is unknown: .* 'backend'"),
+    ('env_cfg.dist_cfg.timeout', -1, 'env_cfg.dist_cfg.timeout must be .* above 0'),
     ('default_scope', [], r'default_scope must be a text or None, but is \[\]'),
     ('para_scheduler', [], "para_scheduler is no key of a runner; did you mean 'param_scheduler'"),
     ('optim_wraper', {}, "optim_wraper is no key of a runner; did you mean 'optim_wrapper'"),

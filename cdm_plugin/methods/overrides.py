@@ -4,7 +4,7 @@ What a sibling of the family has and a method lacks is left aside with a line in
 alone swaps methods.
 """
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.logging import print_log
@@ -12,11 +12,13 @@ from mmengine.registry import MODELS, TASK_UTILS, Registry
 
 from cdm_plugin.config import check_part
 from cdm_plugin.errors import did_you_mean
+from cdm_plugin.losses.direction import CALoss, CDMLoss, DMLoss, TDMLoss
+from cdm_plugin.losses.gan import GANLoss
 from cdm_plugin.registry import class_of
 from cdm_plugin.time_grids import DynamicTimeGrid, FixedTimeGrid
 
-# The terms that some method of the family has, or some recipe.
-FAMILY_TERMS = ('ca', 'dm', 'cdm', 'gan')
+# The terms that some method of the family has, or some recipe, and what they are there.
+FAMILY_TERMS: dict[str, tuple[type, ...]] = dict(ca=(CALoss,), dm=(DMLoss, TDMLoss), cdm=(CDMLoss,), gan=(GANLoss,))
 
 
 def subclasses(cls: type[Any]) -> set[type[Any]]:
@@ -57,13 +59,20 @@ def override_part(default: Mapping[str, Any], override: Any, registry: Registry,
 
 def override_time_grid(default: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """The time grid's config."""
-    if 'type' not in override:
-        known = set(inspect.signature(class_of(default, TASK_UTILS)).parameters)
-        siblings = {k for grid in (FixedTimeGrid, DynamicTimeGrid) for k in inspect.signature(grid).parameters}
-        for key in sorted(override.keys() & siblings - known):
-            print_log(f'model.time_grid.{key} does not apply to {default["type"]}: left aside', 'current')
-        override = {k: v for k, v in override.items() if k in known or k not in siblings}
+    override = _without_siblings(default, override, (FixedTimeGrid, DynamicTimeGrid), TASK_UTILS, 'model.time_grid')
     return override_part(default, override, TASK_UTILS, 'model.time_grid')
+
+
+def _without_siblings(default: Mapping[str, Any], override: Any, siblings: Sequence[type], registry: Registry,
+                      path: str) -> Any:
+    """An override without the arguments that only a sibling of the default's class takes."""
+    if not isinstance(override, dict) or not default or 'type' in override:
+        return override
+    known = set(inspect.signature(class_of(default, registry)).parameters)
+    theirs = {key for sibling in siblings for key in inspect.signature(sibling).parameters} - known
+    for key in sorted(override.keys() & theirs):
+        print_log(f'{path}.{key} does not apply to {default["type"]}: left aside', 'current')
+    return {key: value for key, value in override.items() if key not in theirs}
 
 
 def override_losses(method: str, defaults: dict[str, dict[str, Any]], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +96,9 @@ def override_losses(method: str, defaults: dict[str, dict[str, Any]], overrides:
         elif override is None:
             del configs[name]
         else:
-            configs[name] = override_part(configs.get(name, {}), override, MODELS, f'model.losses.{name}')
+            default, path = configs.get(name, {}), f'model.losses.{name}'
+            override = _without_siblings(default, override, FAMILY_TERMS.get(name, ()), MODELS, path)
+            configs[name] = override_part(default, override, MODELS, path)
     if not configs:
         raise ValueError('model.losses removes every loss: at least one must stay')
     return configs

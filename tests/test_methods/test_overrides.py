@@ -27,6 +27,16 @@ def test_what_only_a_sibling_has_is_left_aside(type):
     assert method.time_grid.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_arguments_of_a_siblings_term_are_left_aside_and_others_are_not():
+    assert tiny_method('DMD2', losses=dict(dm=dict(huber=None, weight=0.5))).losses['dm'].weight == 0.5
+    assert tiny_method('TDM', losses=dict(dm=dict(huber=None, weight=0.5))).losses['dm'].huber is None
+    for wrong, words in ((dict(dm=dict(hubre=None)), 'model.losses.dm.hubre is unknown'),
+                         (dict(dm=dict(type='DMLoss', huber=None)), 'model.losses.dm.huber is unknown'),
+                         (dict(dm=dict(points='noised')), 'model.losses.dm.points is unknown')):
+        with pytest.raises(ValueError, match=words):
+            tiny_method('DMD2', losses=wrong)
+
+
 SWAPS = {'FlowMatching': dict(alpha=3.0, losses=dict(ca=dict(weight=2.0)), time_grid=dict(max_steps=4), fake_steps=2,
                               anchor_aware_fake=True, teacher=dict(init='base')),
          'CDM': dict(sigma=dict(type='UniformSigma'), drop_rate=0.2, loss=dict(type='FlowMatchingLoss'))}

@@ -11,7 +11,7 @@ from tests_support import same_bits
 
 from cdm_plugin.compat.checkpoints import damage
 
-ITERATIONS, KILLS = 12, 5
+ITERATIONS, KILLS = 16, 5
 NETWORKS = dict(full=[], lora=['model.lora.rank=2', 'model.anchor_aware_fake=False'])
 
 
@@ -34,11 +34,11 @@ def checkpoints(work_dir, since=0.0):
     return [name for name, time in found.items() if time >= since]
 
 
-def wait_for_a_save(work_dir, workers, number):
-    """Returns while the run writes its n-th checkpoint from now on."""
+def wait_for_a_save(work_dir, workers, number, seconds=float('inf')):
+    """Returns while the run writes its n-th checkpoint from now on, or after so many seconds."""
     seen, start = set(), time.time()
-    while len(seen) < number and workers.processes[0].exitcode is None:
-        seen.update(name for name in checkpoints(work_dir, start) if name.endswith('.part'))
+    while len(seen) < number and time.time() < start + seconds and workers.processes[0].exitcode is None:
+        seen.update(name.partition('.')[0] for name in checkpoints(work_dir, start))
         time.sleep(0.001)
 
 
@@ -57,7 +57,7 @@ def test_five_kills_cost_nothing(network, processes, tmp_path):
         with Workers(run_command, command(killed, network, processes, *resume), world_size=processes) as workers:
             victims = choose.choice([[0], [processes - 1], range(processes)])
             if kill == KILLS // 2:
-                time.sleep(choose.uniform(0, 4))  # at any moment of a start
+                wait_for_a_save(killed, workers, 2, choose.uniform(0, 4))  # at any moment of a start
                 victims = range(processes)
             else:
                 wait_for_a_save(killed, workers, choose.choice([1, 2]))
