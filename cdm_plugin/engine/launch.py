@@ -17,7 +17,7 @@ from mmengine.dist import init_dist
 from cdm_plugin.errors import Stopped
 from cdm_plugin.secrets import mask_text
 
-# Seconds that the first process, if it fails, stays for the others to hear of it.
+# Seconds that the first process, if it fails, stays for the others to hear of it, and that those which end well wait.
 GRACE = 20
 # What each launcher tells its processes, under its own names.
 VARIABLES = {
@@ -145,9 +145,25 @@ def _listen(store: dist.Store, heard: list[str]) -> None:
 
 
 def stop_processes() -> None:
-    """Leaves the process group of a run that has ended well."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leaves the process group of a run that has ended well, together: gloo fails in a process that still waits for
+    what another one sent before it closed its connections. None waits longer than `GRACE` for the others."""
+    if not dist.is_initialized():
+        return
+    store, others = dist.distributed_c10d._get_default_store(), dist.get_world_size() - 1
+    deadline = time.monotonic() + GRACE
+
+    def wait(key: str, count: int) -> None:
+        while store.add(key, 0) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with contextlib.suppress(RuntimeError):  # the process that has the store is gone
+        store.add('cdm/ended', 1)
+        wait('cdm/ended', others + 1)
+        if dist.get_rank() == 0:  # it may have the store
+            wait('cdm/left', others)
+        else:
+            store.add('cdm/left', 1)
+    dist.destroy_process_group()
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

@@ -9,7 +9,7 @@ from recipes import CDM
 from scale_support import Workers, init_gloo, launch
 
 from cdm_plugin.engine import DistillationDataParallel
-from cdm_plugin.engine.launch import watched
+from cdm_plugin.engine.launch import stop_processes, watched
 
 OPTIONS = ['train_cfg.max_iters=4', 'train_dataloader.batch_size=2', 'train_dataloader.num_workers=0',
            'custom_hooks.1.interval=1000', 'custom_hooks.1.teacher_steps=1', 'custom_hooks.1.steps=[]',
@@ -63,3 +63,21 @@ def pass_through():
 
 def test_a_run_that_ends_well_says_nothing():
     assert len(set(launch(pass_through, timeout=60))) == 1
+
+
+def leave(late):
+    """How long a rank takes to leave the process group if another one comes later."""
+    init_gloo()
+    rank = torch.distributed.get_rank()
+    torch.distributed.barrier()
+    if rank == late:
+        time.sleep(2)
+    start = time.monotonic()
+    stop_processes()
+    return time.monotonic() - start
+
+
+def test_ranks_leave_together():
+    """Whoever closes its connections early fails those that still wait for what it has sent."""
+    first, late = launch(leave, 1)
+    assert first > 1 > late
