@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip('deepspeed')
+pytest.importorskip('deepspeed', reason='needs DeepSpeed, which the extra `test` installs')
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))

@@ -260,7 +260,7 @@ def train_whole(cfg):
 
 def train_sharded(cfg):
     """The same under DeepSpeed, in a process of its own, against the float32 weights that it starts from."""
-    pytest.importorskip('deepspeed')
+    pytest.importorskip('deepspeed', reason='needs DeepSpeed, which the extra `test` installs')
     cfg.dump(f'{cfg.work_dir}.py')
     launch(run_config, f'{cfg.work_dir}.py', world_size=1)
     method = MODELS.build(cfg.model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.registry import MODEL_WRAPPERS, MODELS
 
-pytest.importorskip('deepspeed')
+pytest.importorskip('deepspeed', reason='needs DeepSpeed, which the extra `test` installs')
 
 from deepspeed_support import build, config  # noqa: E402
 from recipes import SD3_ZERO2, report_of  # noqa: E402

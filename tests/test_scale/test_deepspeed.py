@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-pytest.importorskip('deepspeed')
+pytest.importorskip('deepspeed', reason='needs DeepSpeed, which the extra `test` installs')
 
 from deepspeed_support import CYCLES, STRATEGIES, build, checkpoint, config, logged, train  # noqa: E402
 from scale_support import Workers, free_port, launch, selected, slow  # noqa: E402

@@ -9,7 +9,7 @@ from PIL import Image
 from recipes import CDM
 from scale_support import Workers, init_gloo, launch, run_command
 
-pytest.importorskip('deepspeed')
+pytest.importorskip('deepspeed', reason='needs DeepSpeed, which the extra `test` installs')
 
 from deepspeed_support import STRATEGIES, build, config  # noqa: E402
 from tests_support import same_bits  # noqa: E402

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-pytest.importorskip('deepspeed')
+pytest.importorskip('deepspeed', reason='needs DeepSpeed, which the extra `test` installs')
 
 from deepspeed_support import STRATEGIES, build, checkpoint, config  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip('deepspeed')
+pytest.importorskip('deepspeed', reason='needs DeepSpeed, which the extra `test` installs')
 
 from deepspeed_support import STRATEGIES, build_pretrained, checkpoint, config, logged, train  # noqa: E402
 from scale_support import launch, selected, slow  # noqa: E402
