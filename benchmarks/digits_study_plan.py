@@ -1,5 +1,5 @@
 """Rows of the study on the digits: what each changes of the consistent recipe, its length, its seeds."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'  # the consistent recipe
@@ -15,6 +15,11 @@ UNGUIDED = {'model.losses.cdm.guided': False}
 UNIFORM = {'model.losses.cdm.point_sigma': dict(type='UniformSigma')}
 PUBLISHED = {**UNAWARE, **CAPPED, **UNGUIDED, **UNIFORM}
 NO_CA, NO_DM, NO_CDM = ({f'model.losses.{name}': None} for name in ('ca', 'dm', 'cdm'))
+VELOCITY = {f'model.losses.{name}.space': 'velocity' for name in ('ca', 'dm', 'cdm')}
+SQUARE = {'model.losses.dm.huber': None}  # TDM with the squared distance, as its recipe
+# Without guidance, and without the calls that it costs.
+ALPHA_0 = {'model.alpha': 0.0, **NO_CA, 'model.losses.dm.guided': False, 'model.losses.cdm.guided': False}
+EIGHT_LEVELS = {'model.time_grid': dict(type='FixedTimeGrid', sigmas=[1 - i / 8 for i in range(8)])}
 FIXED_GRID = {'model.time_grid': dict(type='FixedTimeGrid')}
 
 
@@ -136,7 +141,38 @@ def _rows() -> dict[str, Row]:
     rows['fixed-grid-with-cdm-1600'] = Row('CDM', FIXED_GRID, 1600, group='length')
     rows['cdm-consistent-800'] = Row('CDM', student_steps=800, group='length')
     rows['fixed-grid-with-cdm-1113'] = Row('CDM', FIXED_GRID, group='length', forwards_of='dmd2-aware-1600')
+    rows.update(_questions())
     return rows
+
+
+def _questions() -> dict[str, Row]:
+    """Rows beyond the paper's: why more steps are no better, guidance out of the way, the intervals of TDM."""
+    rows = {
+        'dmd2-one-rollout-equal-forwards': Row('DMD2', {**UNAWARE, **ONE_ROLLOUT}, group='intervals'),
+        'tdm-equal-forwards': Row('TDM', {**UNAWARE, **SQUARE, **ONE_ROLLOUT}, group='intervals'),
+        'tdm-aware-equal-forwards': Row('TDM', {**SQUARE, **ONE_ROLLOUT}, group='intervals'),
+        'alpha-0-dmd2': Row('DMD2', {**ALPHA_0, **UNAWARE}, group='alpha 0'),
+        'alpha-0-dmd2-aware': Row('DMD2', ALPHA_0, group='alpha 0'),
+        'alpha-0-cdm': Row('CDM', {**ALPHA_0, **UNAWARE, **UNIFORM}, group='alpha 0'),
+        'alpha-0-cdm-aware': Row('CDM', ALPHA_0, group='alpha 0'),
+        'alpha-0-fixed-grid-with-cdm': Row('CDM', {**ALPHA_0, **FIXED_GRID}, group='alpha 0'),
+        'alpha-0-dynamic-grid-without-cdm': Row('CDM', {**ALPHA_0, **NO_CDM}, group='alpha 0'),
+        'dmd2-aware-velocity': Row('DMD2', VELOCITY, group='low anchors'),
+        'fixed-grid-with-cdm-velocity': Row('CDM', {**FIXED_GRID, **VELOCITY}, group='low anchors'),
+        'cdm-consistent-velocity': Row('CDM', VELOCITY, group='low anchors'),
+        'dmd2-aware-min-norm': Row('DMD2', {'model.losses.dm.min_norm': 0.01}, group='low anchors'),
+        'dmd2-aware-8-levels': Row('DMD2', EIGHT_LEVELS, group='low anchors'),
+        'fixed-grid-one-rollout-velocity-400': Row(
+            'CDM', {**FIXED_GRID, **ONE_ROLLOUT, **VELOCITY}, 400, group='low anchors'),
+        'dmd2-aware-one-rollout-velocity-equal-forwards': Row('DMD2', {**ONE_ROLLOUT, **VELOCITY}, group='low anchors'),
+        'dmd2-aware-one-rollout-8-levels-equal-forwards': Row(
+            'DMD2', {**ONE_ROLLOUT, **EIGHT_LEVELS}, group='low anchors'),
+        'alpha-0-dmd2-aware-one-rollout-1600': Row('DMD2', {**ALPHA_0, **ONE_ROLLOUT}, 1600, group='alpha 0'),
+        'alpha-0-fixed-grid-one-rollout-1200': Row(
+            'CDM', {**ALPHA_0, **FIXED_GRID, **ONE_ROLLOUT}, 1200, group='alpha 0'),
+    }
+    return {name: replace(row, forwards_of='cdm-consistent') if name.endswith('equal-forwards') else row
+            for name, row in rows.items()}
 
 
 ROWS = _rows()
