@@ -32,6 +32,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import Tensor
 
+from cdm_plugin.codecs import VAECodec
 from cdm_plugin.config import load_config
 from cdm_plugin.data import cache_latents
 from cdm_plugin.export import export
@@ -275,20 +276,24 @@ class Examiner:
     def sample(self, method: DiffusionModel, part: str, role: str, steps: int, noise: Tensor | None = None,
                count: int | None = None) -> Tensor:
         """Pictures of a role; the teacher is guided."""
+        if isinstance(method.backbone.codec, VAECodec):
+            method.backbone.codec.vae.disable_slicing()  # so small pictures are decoded faster together
         prompts = self.prompts[part][:count]
         noise = method.noise(0, range(len(prompts))) if noise is None else noise
         return sample_prompts(method, prompts, noise, sigmas=step_sigmas(steps), role=role,
                               guidance_scale=self.guidance if role == 'teacher' else 1.0)
 
-    def examine(self, method: DiffusionModel, role: str, steps: int) -> dict[str, Any]:
-        """All scores of a role at a number of steps, by part; the public encoder's on held-out captions alone."""
-        scores: dict[str, Any] = dict(steps=steps)
-        for part in PARTS:
-            pictures = self.sample(method, part, role, steps)
-            scores[part] = score(self.judge, pictures, self.texts[part], self.asked[part], self.references[part])
-            if self.encoder and part == 'held_out':
-                scores[part].update(distances(self.encoder.features(pictures), self.kernel_references))
+    def judge_part(self, method: DiffusionModel, part: str, role: str, steps: int) -> dict[str, float | None]:
+        """All scores of a role on one part of the captions; the public encoder's on held-out ones alone."""
+        pictures = self.sample(method, part, role, steps)
+        scores = score(self.judge, pictures, self.texts[part], self.asked[part], self.references[part])
+        if self.encoder and part == 'held_out':
+            scores.update(distances(self.encoder.features(pictures), self.kernel_references))
         return scores
+
+    def examine(self, method: DiffusionModel, role: str, steps: int) -> dict[str, Any]:
+        """All scores of a role at a number of steps, by part."""
+        return dict(steps=steps, **{part: self.judge_part(method, part, role, steps) for part in PARTS})
 
     def reconstructions(self) -> dict[str, Any]:
         """What the autoencoder keeps of the real pictures, by part: all that a model in its latents can reach."""
@@ -309,7 +314,7 @@ class Examiner:
 
 
 class ExaminerHook(Hook):
-    """Judges the EMA student at 4 steps while it trains: after a quarter, half and three quarters.
+    """Judges the EMA student on held-out captions at 4 steps while it trains: after a quarter, half, three quarters.
 
     Args:
         examiner (Examiner): What judges.
@@ -326,8 +331,8 @@ class ExaminerHook(Hook):
         start, method = time.perf_counter(), runner.model
         method.eval()
         with student_weights(method, ema=True):
-            self.curve.append(dict(student_steps=done // method.student_every,
-                                   **self.examiner.examine(method, 'student', 4)))
+            self.curve.append(dict(student_steps=done // method.student_every, **self.examiner.judge_part(
+                method, 'held_out', 'student', 4)))
         method.train()
         self.seconds += time.perf_counter() - start
 
@@ -395,17 +400,17 @@ def table(results: dict[str, Any], part: str) -> str:
     return _markdown(lines)
 
 
-def curves(results: dict[str, Any], part: str) -> str:
-    """FD at 4 steps over the training, on one part of the captions, in Markdown."""
+def curves(results: dict[str, Any]) -> str:
+    """FD at 4 steps on held-out captions over the training, in Markdown."""
     head = ['model', 'seeds', 'student steps', 'FD after a quarter', 'half', 'three quarters', 'all']
     lines = [head, ['---'] * len(head)]
     for name, runs in results['rows'].items():
         runs = [run for run in runs if 'curve' in run]
         if runs:
-            last = [entry for run in runs for entry in run['final'] if entry['steps'] == 4]
+            last = [entry['held_out'] for run in runs for entry in run['final'] if entry['steps'] == 4]
             points = [*zip(*(run['curve'] for run in runs)), last]
             lines.append([name, str(len(runs)), str(2 * runs[0]['curve'][1]['student_steps']),
-                          *(_spread([entry[part]['fd'] for entry in point], 2) for point in points)])
+                          *(_spread([entry['fd'] for entry in point], 2) for point in points)])
     return _markdown(lines) if len(lines) > 2 else ''
 
 
@@ -467,8 +472,8 @@ def main(argv: list[str] | None = None) -> None:
         bench = Bench(form, args.data or Path(form.data), work_dir, args.compile, args.encoder)
         results = study(bench, out, args.rows, args.seeds or form.seeds)
     for part in PARTS:
-        print(f'\n{part} captions\n\n{table(results, part)}\n{curves(results, part)}')
-    print(kernel_distances(results))
+        print(f'\n{part} captions\n\n{table(results, part)}')
+    print(f'{curves(results)}\n{kernel_distances(results)}')
 
 
 if __name__ == '__main__':

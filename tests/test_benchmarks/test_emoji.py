@@ -347,19 +347,19 @@ def test_the_tables_of_the_page_are_what_has_run(emoji, form):
     docs, study = EMOJI.parents[1] / 'docs', emoji('study')
     results, page = json.loads((docs / f'emoji/{form}.json').read_text()), (docs / 'emoji.md').read_text('utf-8')
     assert study.table(results, 'held_out') in page
-    assert study.curves(results, 'held_out') in page and study.kernel_distances(results) in page
+    assert study.curves(results) in page and study.kernel_distances(results) in page
 
 
 def test_means_and_spreads_by_hand(emoji):
     study = emoji('study')
     entry = {'held_out': {'fd': 1.0, 'retrieval@1': 0.5, 'kd': 2.0, 'kd_real': 4.0}}
     last = {'held_out': {'fd': 3.0, 'retrieval@1': 0.5, 'kd': 2.0, 'kd_real': 4.0}}
-    runs = [dict(curve=[dict(entry, student_steps=n) for n in (1, 2, 3)],
+    runs = [dict(curve=[dict(fd=1.0, student_steps=n) for n in (1, 2, 3)],
                  final=[dict(part, steps=steps) for steps in (1, 2, 4, 8)]) for part in (entry, last)]
     results = dict(teacher=runs[0]['final'], real={'held_out': {'retrieval@1': 0.9}}, rows=dict(cdm=runs))
     row = study.table(results, 'held_out').splitlines()[-1]
     assert row == '| cdm | 2 |' + ' 2.00 ± 1.41 |' * 4 + ' 0.500 ± 0.000 |' * 4
-    assert study.curves(results, 'held_out').splitlines()[-1] == (
+    assert study.curves(results).splitlines()[-1] == (
         '| cdm | 2 | 4 |' + ' 1.00 ± 0.00 |' * 3 + ' 2.00 ± 1.41 |')
     assert study.kernel_distances(results).splitlines()[-1] == '| cdm | 2 |' + ' 2.0 ± 0.0 |' * 4 + ' 4.0 ± 0.0 |' * 4
     runs[1]['final'][0]['held_out'] = {'fd': None, 'retrieval@1': None, 'kd': None, 'kd_real': None}
