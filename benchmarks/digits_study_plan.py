@@ -5,7 +5,8 @@ from typing import Any
 RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'  # the consistent recipe
 STEPS = 200  # student steps of a row, half of the recipe's
 SEEDS = 5
-TEACHERS = {'guided': (1.0, True), 'unguided': (1.0, False), 'guided, alpha 7': (7.0, True)}  # alpha, guided
+TEACHERS = {'guided': (1.0, True), 'unguided': (1.0, False), 'guided, alpha 7': (7.0, True),
+            'alpha 0': (0.0, True)}  # alpha, guided
 TEACHER_STEPS = (1, 2, 3, 4, 6, 8, 50)
 
 # These four settings make the consistent recipe the published one.
