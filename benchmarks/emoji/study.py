@@ -106,7 +106,7 @@ SMALL = Form('small', 'data/emoji_32',
              {'optim_wrapper.student.optimizer.lr': 2e-4, 'optim_wrapper.fake.optimizer.lr': 4e-4},
              TINY, teacher_iters=6000, student_steps=200, teacher_batch=64, batch=32, judge_steps=600, samples=326,
              seeds=2)
-LATENTS = replace(SMALL, name='latents', network=TINY_LATENT, autoencoder_iters=2000, teacher_iters=4000,
+LATENTS = replace(SMALL, name='latents', network=TINY_LATENT, autoencoder_iters=2000, teacher_iters=3000,
                   teacher_batch=32, seeds=3)
 FORMS = {form.name: form for form in (FULL, SMALL, LATENTS)}
 
