@@ -341,9 +341,9 @@ def test_without_data_it_says_how_to_make_them(emoji, tmp_path):
         emoji('study').main(['--small', '--data', str(tmp_path)])
 
 
-@pytest.mark.parametrize('form', ['small'])
+@pytest.mark.parametrize('form', ['small', 'small_first', 'latents'])
 def test_the_tables_of_the_page_are_what_has_run(emoji, form):
-    """docs/emoji.md shows docs/emoji/small.json and latents.json."""
+    """docs/emoji.md shows docs/emoji/*.json."""
     docs, study = EMOJI.parents[1] / 'docs', emoji('study')
     results, page = json.loads((docs / f'emoji/{form}.json').read_text()), (docs / 'emoji.md').read_text('utf-8')
     assert study.table(results, 'held_out') in page
