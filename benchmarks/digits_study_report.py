@@ -31,10 +31,9 @@ many samples of the guided teacher at 50 steps, in the features of the digits' c
 digits; the share of samples that the classifier sees as what was asked for; improved precision and recall against
 both sets (3 nearest neighbours). Figures are means over seeds, with the standard deviation between seeds where there
 are two or more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout
-included; one with a backward counts as 3. Rows with a CDM loss that is guided, or whose sigma_c is uniform, were run
-before two corrections: its normaliser measures against the unguided teacher now, and sigma_c is clamped to [0.02,
-0.98]. DecoupledDMD has levels that are never shifted (`model.sigma_shift='none'`), as CDM's authors use it. An FD is
-biased by the number of samples: the guided teacher at 50 steps, on other noise than the reference, is the floor.
+included; one with a backward counts as 3. DecoupledDMD has levels that are never shifted
+(`model.sigma_shift='none'`), as CDM's authors use it. An FD is biased by the number of samples: the guided teacher at
+50 steps, on other noise than the reference, is the floor.
 '''
 
 GROUPS = {
@@ -59,6 +58,13 @@ GROUPS = {
     'length': ('Longer training', 'Four times the demo\'s length (400), the quarters over time; twice it, where '
                '`cdm-consistent` has as many forwards as the baselines at four times, and 1,113 student steps, where '
                'CDM on the fixed grid has as many as DMD2.'),
+    'low anchors': ('More weight on low anchors', 'Losses measured in velocity (`velocity`), a normaliser that clamps '
+                    'at 0.01 (`min-norm`), a fixed grid of 8 levels (`8-levels`); each to be read beside the row '
+                    'without the change.'),
+    'alpha 0': ('Without guidance', 'alpha 0, without the calls that guidance costs; the reference is the unguided '
+                'teacher at 50 steps.'),
+    'intervals': ('What tells the fake score the anchor', 'Nothing (`dmd2-one-rollout`), TDM\'s disjoint intervals, '
+                  'both; beside `dmd2-aware-one-rollout-equal-forwards`. For as many forwards as `cdm-consistent`.'),
 }
 PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2'),
          ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm-aware', 'cdm'),
@@ -80,7 +86,20 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2
          ('one-rollout', 'cdm-consistent'), ('one-rollout-equal-forwards', 'cdm-consistent'),
          ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-aware-equal-forwards'),
          ('fixed-grid-one-rollout-400', 'fixed-grid-with-cdm-400'),
-         ('fixed-grid-one-rollout-400', 'dmd2-aware-one-rollout-equal-forwards'))
+         ('fixed-grid-one-rollout-400', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('dmd2-aware-velocity', 'dmd2-aware'), ('fixed-grid-with-cdm-velocity', 'fixed-grid-with-cdm'),
+         ('cdm-consistent-velocity', 'cdm-consistent'),
+         ('fixed-grid-one-rollout-velocity-400', 'fixed-grid-one-rollout-400'),
+         ('dmd2-aware-one-rollout-velocity-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('dmd2-aware-min-norm', 'dmd2-aware'), ('dmd2-aware-8-levels', 'dmd2-aware'),
+         ('dmd2-aware-one-rollout-8-levels-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-one-rollout-equal-forwards'),
+         ('tdm-equal-forwards', 'dmd2-one-rollout-equal-forwards'),
+         ('tdm-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('tdm-aware-equal-forwards', 'tdm-equal-forwards'), ('alpha-0-dmd2-aware', 'alpha-0-dmd2'),
+         ('alpha-0-cdm-aware', 'alpha-0-cdm'), ('alpha-0-fixed-grid-with-cdm', 'alpha-0-dmd2-aware'),
+         ('alpha-0-cdm-aware', 'alpha-0-dynamic-grid-without-cdm'),
+         ('alpha-0-cdm-aware', 'alpha-0-fixed-grid-with-cdm'))
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
