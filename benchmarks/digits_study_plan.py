@@ -158,11 +158,7 @@ def _questions() -> dict[str, Row]:
         'alpha-0-cdm-aware': Row('CDM', ALPHA_0, group='alpha 0'),
         'alpha-0-fixed-grid-with-cdm': Row('CDM', {**ALPHA_0, **FIXED_GRID}, group='alpha 0'),
         'alpha-0-dynamic-grid-without-cdm': Row('CDM', {**ALPHA_0, **NO_CDM}, group='alpha 0'),
-        'dmd2-aware-velocity': Row('DMD2', VELOCITY, group='low anchors'),
-        'fixed-grid-with-cdm-velocity': Row('CDM', {**FIXED_GRID, **VELOCITY}, group='low anchors'),
-        'cdm-consistent-velocity': Row('CDM', VELOCITY, group='low anchors'),
         'dmd2-aware-min-norm': Row('DMD2', {'model.losses.dm.min_norm': 0.01}, group='low anchors'),
-        'dmd2-aware-8-levels': Row('DMD2', EIGHT_LEVELS, group='low anchors'),
         'fixed-grid-one-rollout-velocity-400': Row(
             'CDM', {**FIXED_GRID, **ONE_ROLLOUT, **VELOCITY}, 400, group='low anchors'),
         'dmd2-aware-one-rollout-velocity-equal-forwards': Row('DMD2', {**ONE_ROLLOUT, **VELOCITY}, group='low anchors'),
