@@ -44,15 +44,13 @@ from cdm_plugin.metrics import (
 
 STUDENT_STEPS = (1, 2, 3, 4, 6, 8)
 HELD_OUT = 1000  # the last of the package's digits
-MEASURES = ('fd', 'fd_real', 'accuracy', 'precision', 'recall', 'precision_real', 'recall_real', 'fd_match')
-MATCH, MATCH_ALPHA = Path(__file__).parent / 'digits_match.npz', 1.0  # `guidance_floor.py settle` writes it
+MEASURES = ('fd', 'fd_real', 'accuracy', 'precision', 'recall', 'precision_real', 'recall_real')
 SECONDS_A_FORWARD = 0.0008  # of one sample, on one thread: a guess for the first run of a row
 ORDER = {'main': 0, 'changes': 1, 'forwards': 1, 'grid': 1, 'length': 3}  # of the groups; 2 is every other
 
 
 class Examiner:
-    """Judges samples against the guided teacher's 50-step samples, against held-out digits and, with alpha 1, against
-    what a perfect guided match is (`guidance_floor.py`).
+    """Judges samples against the guided teacher's 50-step samples and against held-out digits.
 
     Args:
         method (Distillation): With the teacher, whose guidance is the method's.
@@ -67,7 +65,6 @@ class Examiner:
             work_dir.mkdir(parents=True, exist_ok=True)
             torch.save(self.judge.reference, cache)
         self.real = held_out_features(self.judge.classifier)
-        self.match = match_features() if method.alpha == MATCH_ALPHA else None
 
     def examine(self, role: str, steps: int, guided: bool = True) -> dict[str, float | None]:
         """Every measure of a role's samples, None if they are not finite; only a teacher can be guided."""
@@ -79,10 +76,9 @@ class Examiner:
         features = classifier_features(images, judge.classifier)
         precision, recall = precision_recall(features, judge.reference)
         real_precision, real_recall = precision_recall(features, self.real)
-        fd, fd_real, fd_match = (None if other is None else round(frechet_distance(features, other), 4)
-                                 for other in (judge.reference, self.real, self.match))
+        fd, fd_real = (round(frechet_distance(features, other), 4) for other in (judge.reference, self.real))
         accuracy = class_accuracy(images, judge.labels, judge.classifier)
-        values = (fd, fd_real, accuracy, precision, recall, real_precision, real_recall, fd_match)
+        values = (fd, fd_real, accuracy, precision, recall, real_precision, real_recall)
         return dict(steps=steps, **dict(zip(MEASURES, values)))
 
 
@@ -91,12 +87,6 @@ def held_out_features(classifier: DigitClassifier) -> Tensor:
     with np.load(assets.resolve('asset:digits/digits_16.npz')) as data:
         images = data['images'][-HELD_OUT:]
     return classifier_features(pixels_to_images(images), classifier)
-
-
-def match_features() -> Tensor:
-    """Features of samples that match the guided teacher at every noise level, (1000, 64)."""
-    with np.load(MATCH) as data:
-        return torch.from_numpy(data['features']).float()
 
 
 class ExaminerHook(Hook):

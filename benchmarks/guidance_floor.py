@@ -1,8 +1,8 @@
 """How near to the guided teacher's samples can a student be that matches perfectly? Particles, without a network.
 
-    python benchmarks/guidance_floor.py settle --start teacher --seed 0    # one run, 5 to 10 minutes of a core
-    python benchmarks/guidance_floor.py renoise                            # some minutes
-    python benchmarks/guidance_floor.py students --only ROW ... --seeds 0  # rows of the study, against both references
+    python benchmarks/guidance_floor.py settle --start teacher      # one run, 4 to 10 minutes of a core
+    python benchmarks/guidance_floor.py renoise                     # 2 minutes
+    python benchmarks/guidance_floor.py students --only ROW ...     # rows of the study, against both references
 
 `settle` moves latents freely along the update that DMD2 gives its student's x0, the package's own, against a fake score
 that learns them as they move. There is no network between the latents and the update: where they come to rest is what
@@ -15,8 +15,9 @@ elsewhere.
 `renoise` needs no fake score: samples of the teacher are noised anew and sampled to the end again. A field that is the
 score of one distribution at every level gives that distribution back; a guided one does not have to.
 
-Everything goes to docs/study/guidance-floor.json, run by run. `--save benchmarks/digits_match.npz` writes the features
-of the first 1,000 settled particles, against which `digits_study.Examiner` judges too (`fd_match`).
+`students` trains rows of the study and judges their EMA students against each 1,000 of settled particles too, the file
+that `--match` names; `settle` says where it has written it. Everything goes to docs/study/guidance-floor.json, run by
+run; docs/study/floor.md says what it means.
 """
 import argparse
 import json
@@ -37,7 +38,7 @@ from cdm_plugin.commands.demo.judge import NUM_SAMPLES
 from cdm_plugin.config import load_config
 from cdm_plugin.draws import stream
 from cdm_plugin.flow import add_noise, shift_sigmas
-from cdm_plugin.inference import step_sigmas
+from cdm_plugin.inference import step_sigmas, student_weights
 from cdm_plugin.losses.functional import flow_matching_loss
 from cdm_plugin.methods import Distillation
 from cdm_plugin.methods.phases import Iteration
@@ -124,21 +125,22 @@ def fit(method: Distillation, iteration: Iteration, optimizer: torch.optim.Optim
         optimizer.step()
 
 
-def annealed(share: float, last: float) -> float:
-    """1 for the first half of a run, then a cosine to `last`."""
-    return last + (1 - last) * (1 + math.cos(math.pi * max(0.0, 2 * share - 1))) / 2
+def annealed(left: float, length: float, last: float) -> float:
+    """1 until `length` sweeps are left, then a cosine to `last`."""
+    return last + (1 - last) * (1 + math.cos(math.pi * max(0.0, 1 - left / length))) / 2
 
 
 @torch.no_grad()
-def fake_losses(method: Distillation, x0: Tensor, labels: list[int]) -> list[float]:
-    """The fake score's loss on the particles that train it and on those that do not, the same noise for both."""
+def losses_of(method: Distillation, role: str, x0: Tensor, labels: list[int]) -> list[float]:
+    """A network's flow-matching loss on the first quarter of the particles, which trains the fake score, and on the
+    last, which does not; with the same noise."""
     quarter = len(x0) // 4
     noise = torch.randn(method.latent_shape(quarter), generator=stream('fake losses'))
     sigma = torch.linspace(0.05, 0.95, quarter)[torch.randperm(quarter, generator=stream('levels'))]
     losses = []
     for part in (slice(0, quarter), slice(len(x0) - quarter, None)):
         own, z = x0[part], add_noise(x0[part], noise, sigma)
-        velocity = torch.cat([method.velocity('fake', z[i:i + BATCH], sigma[i:i + BATCH],
+        velocity = torch.cat([method.velocity(role, z[i:i + BATCH], sigma[i:i + BATCH],
                                               conditions(method, labels[part][i:i + BATCH]))
                               for i in range(0, quarter, BATCH)])
         losses.append(round(flow_matching_loss(velocity, own, noise).mean().item(), 5))
@@ -169,21 +171,23 @@ class Measures:
         return round(frechet_distance(self.features(latents[:NUM_SAMPLES]), self.judge.reference), 3)
 
     def blocks(self, latents: Tensor) -> list[dict[str, float]]:
-        """Every measure of each block."""
-        blocks = []
+        """Every measure of each block; `fd_first` is to the first block."""
+        blocks, first = [], self.features(latents[:NUM_SAMPLES])
         for block in latents.split(NUM_SAMPLES):
             features = self.features(block)
             precision, recall = precision_recall(features, self.judge.reference)
             blocks.append(dict(
                 fd=self.fd(block), fd_real=round(frechet_distance(features, self.examiner.real), 3),
+                fd_first=round(frechet_distance(features, first), 3),
                 accuracy=class_accuracy(self.images(block), _labels(len(block)), self.judge.classifier),
                 precision=precision, recall=recall))
         return blocks
 
 
-def settle(method: Distillation, measures: Measures, x0: Tensor, sweeps: int, rate: float, seed: int,
-           log: Any = print) -> tuple[dict[str, Any], Tensor]:
-    """Moves the particles `sweeps` times each, the step and the fake score's rate annealed in the second half.
+def settle(method: Distillation, measures: Measures, x0: Tensor, sweeps: int, annealing: int, rate: float,
+           seed: int) -> tuple[dict[str, Any], Tensor]:
+    """Moves the particles `sweeps` times each; in the last `annealing` of them the steps go to 0 and the fake score's
+    rate to a tenth.
 
     Returns:
         tuple: What was measured, and where the particles are, (N, ...).
@@ -198,8 +202,8 @@ def settle(method: Distillation, measures: Measures, x0: Tensor, sweeps: int, ra
         order = torch.randperm(learning, generator=stream('order', seed, sweep))
         rest = learning + torch.randperm(len(x0) - learning, generator=stream('rest', seed, sweep))
         batches = [(part, True) for part in order.split(BATCH)] + [(part, False) for part in rest.split(BATCH)]
-        step = annealed(sweep / sweeps, 0.0)
-        optimizer.param_groups[0]['lr'] = 4e-4 * annealed(sweep / sweeps, 0.1)
+        step = annealed(sweeps - sweep, annealing, 0.0)
+        optimizer.param_groups[0]['lr'] = 4e-4 * annealed(sweeps - sweep, annealing, 0.1)
         for i in torch.randperm(len(batches), generator=stream('batches', seed, sweep)).tolist():
             part, learns = batches[i]
             iteration = iteration_of(method, x0[part], [labels[j] for j in part.tolist()])
@@ -210,8 +214,9 @@ def settle(method: Distillation, measures: Measures, x0: Tensor, sweeps: int, ra
         if (sweep + 1) % max(1, sweeps // 10) == 0:
             curve.append(dict(sweep=sweep + 1, fd=measures.fd(x0),
                               moved=round((x0 - first).square().mean().sqrt().item(), 4)))
-            log(curve[-1])
-    return dict(curve=curve, blocks=measures.blocks(x0), fake_losses=fake_losses(method, x0, labels)), x0
+            print(curve[-1], flush=True)
+    losses = {role: losses_of(method, role, x0, labels) for role in ('fake', 'teacher')}
+    return dict(curve=curve, blocks=measures.blocks(x0), losses=losses), x0
 
 
 def renoised(method: Distillation, measures: Measures, rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -228,6 +233,21 @@ def renoised(method: Distillation, measures: Measures, rounds: int, steps: int) 
         results.append(dict(alpha=method.alpha, sigma=sigma, steps=steps, fd=distances))
         print(results[-1], flush=True)
     return results
+
+
+def student_of(row: plan.Row, seed: int, work_dir: Path, match: Path, compiled: bool) -> dict[str, Any]:
+    """Trains a row of the study, and judges its EMA student against the guided teacher's samples and the particles."""
+    runner = digits_study.runner_of(row, seed, work_dir, compiled)
+    runner.train()
+    measures = Measures(digits_study.Examiner(runner.model.eval(), NUM_SAMPLES, work_dir))
+    judge, final = measures.judge, []
+    blocks = [measures.features(block) for block in torch.load(match, weights_only=True).split(NUM_SAMPLES)]
+    with student_weights(judge.method, ema=True):
+        for steps in digits_study.STUDENT_STEPS:
+            features = classifier_features(judge.sample('student', steps), judge.classifier)
+            fd, *others = (round(frechet_distance(features, other), 3) for other in (judge.reference, *blocks))
+            final.append(dict(steps=steps, fd=fd, fd_match=others))
+    return dict(seed=seed, match=match.name, final=final)
 
 
 # The results
@@ -247,22 +267,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--start', choices=STARTS, default='teacher')
     parser.add_argument('--count', type=int, default=4 * NUM_SAMPLES, help='particles, in blocks of 1,000')
     parser.add_argument('--sweeps', type=int, default=40, help='steps of each particle')
+    parser.add_argument('--annealing', type=int, default=20, help='the last of them, with ever smaller steps')
     parser.add_argument('--rate', type=float, default=0.2, help='of a step, times w delta')
     parser.add_argument('--fake-steps', type=int, default=2, help='fake-score steps a particle step')
     parser.add_argument('--rounds', type=int, default=4, help='of renoise')
     parser.add_argument('--steps', type=int, default=TEACHER_STEPS, help="of renoise's whole grid")
     parser.add_argument('--only', nargs='+', metavar='ROW', choices=list(plan.ROWS), default=[], help='of students')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--save', type=Path, help='for the features of the first settled block, .npz')
+    parser.add_argument('--match', type=Path, help='of students: settled particles')
     parser.add_argument('--compile', action='store_true', help='torch.compile of the networks')
     parser.add_argument('--out', type=Path, default=Path('docs/study/guidance-floor.json'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
     begun = time.process_time()
     if args.what == 'students':
+        if args.match is None:
+            parser.error('students needs --match, a file that settle has written')
         for name in args.only:
-            done = digits_study.run(plan.ROWS[name], args.seed, args.work_dir, NUM_SAMPLES, args.compile)
+            done = student_of(plan.ROWS[name], args.seed, args.work_dir, args.match, args.compile)
             add(args.out, lambda result: result['students'].setdefault(name, []).append(done))
         return
     method = build(args.alpha, args.fake_steps)
@@ -274,15 +298,15 @@ def main(argv: list[str] | None = None) -> None:
         add(args.out, lambda result: result['renoised'].extend(found))
         return
     settings = {name: getattr(args, name) for name in (
-        'alpha', 'start', 'count', 'sweeps', 'rate', 'fake_steps', 'seed')}
+        'alpha', 'start', 'count', 'sweeps', 'annealing', 'rate', 'fake_steps', 'seed')}
     x0 = start(method, args.start, args.count, args.seed)
-    done, x0 = settle(method, measures, x0, args.sweeps, args.rate, args.seed, lambda entry: print(entry, flush=True))
+    done, x0 = settle(method, measures, x0, args.sweeps, args.annealing, args.rate, args.seed)
     done = dict(settings, cpu_seconds=round(time.process_time() - begun), **done)
     add(args.out, lambda result: result['settled'].append(done))
-    print(done['blocks'], done['fake_losses'], flush=True)
-    torch.save(x0, args.work_dir / ('settled-' + '-'.join(f'{value}' for value in settings.values()) + '.pt'))
-    if args.save:
-        np.savez_compressed(args.save, features=measures.features(x0[:NUM_SAMPLES]).numpy().astype(np.float16))
+    print(done['blocks'], done['losses'], flush=True)
+    file = args.work_dir / ('settled-' + '-'.join(f'{value}' for value in settings.values()) + '.pt')
+    torch.save(x0, file)
+    print(file)
 
 
 def add(file: Path, change: Any) -> None:
