@@ -30,6 +30,7 @@ import digits_study
 import digits_study_plan as plan
 import numpy as np
 import torch
+from digits_samples import sharpness
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -183,6 +184,12 @@ class Measures:
                 precision=precision, recall=recall))
         return blocks
 
+    def quarters(self, latents: Tensor) -> list[dict[str, float]]:
+        """FD and sharpness of each quarter; the last has not trained the fake score."""
+        return [dict(fd=round(frechet_distance(self.features(part), self.judge.reference), 3),
+                     fd_real=round(frechet_distance(self.features(part), self.examiner.real), 3),
+                     sharpness=round(sharpness(self.images(part)), 4)) for part in latents.chunk(4)]
+
 
 def settle(method: Distillation, measures: Measures, x0: Tensor, sweeps: int, annealing: int, rate: float,
            seed: int) -> tuple[dict[str, Any], Tensor]:
@@ -216,7 +223,7 @@ def settle(method: Distillation, measures: Measures, x0: Tensor, sweeps: int, an
                               moved=round((x0 - first).square().mean().sqrt().item(), 4)))
             print(curve[-1], flush=True)
     losses = {role: losses_of(method, role, x0, labels) for role in ('fake', 'teacher')}
-    return dict(curve=curve, blocks=measures.blocks(x0), losses=losses), x0
+    return dict(curve=curve, blocks=measures.blocks(x0), quarters=measures.quarters(x0), losses=losses), x0
 
 
 def renoised(method: Distillation, measures: Measures, rounds: int, steps: int) -> list[dict[str, Any]]:
