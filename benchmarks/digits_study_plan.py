@@ -142,6 +142,7 @@ def _rows() -> dict[str, Row]:
     rows['cdm-consistent-800'] = Row('CDM', student_steps=800, group='length')
     rows['fixed-grid-with-cdm-1113'] = Row('CDM', FIXED_GRID, group='length', forwards_of='dmd2-aware-1600')
     rows.update(_questions())
+    rows.update(_variants())
     return rows
 
 
@@ -173,6 +174,18 @@ def _questions() -> dict[str, Row]:
     }
     return {name: replace(row, forwards_of='cdm-consistent') if name.endswith('equal-forwards') else row
             for name, row in rows.items()}
+
+
+def _variants() -> dict[str, Row]:
+    """Rows of digits_variants.py."""
+    types = {'next-level': 'NextLevelDMD2', 'low-anchors': 'LowAnchorsDMD2', 'input': 'AnchorInputDMD2'}
+    rows = {f'dmd2-aware-{name}-one-rollout-equal-forwards': Row(
+        type, ONE_ROLLOUT, group='variants', forwards_of='cdm-consistent') for name, type in types.items()}
+    posterior = {'model.losses.dm': dict(type='PosteriorDMLoss', guided=True, alpha=1.0)}
+    rows['dmd2-aware-posterior-one-rollout-equal-forwards'] = Row(
+        'AnchorInputDMD2', {**ONE_ROLLOUT, **posterior}, group='variants', forwards_of='cdm-consistent')
+    rows['alpha-0-dmd2-aware-next-level'] = Row('NextLevelDMD2', ALPHA_0, group='variants')
+    return rows
 
 
 ROWS = _rows()
