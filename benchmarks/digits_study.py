@@ -168,16 +168,21 @@ def compile_networks(method: Distillation, **kwargs: Any) -> None:
         getattr(method, role).compile(**kwargs)
 
 
+def runner_of(row: plan.Row, seed: int, work_dir: Path, compiled: bool = False) -> Runner:
+    """What trains one row on one seed."""
+    runner = Runner.from_cfg(config_of(row, seed, work_dir))
+    if compiled:
+        compile_networks(runner.model)
+    return runner
+
+
 def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bool = False) -> dict[str, Any]:
     """Trains and judges one row on one seed."""
-    cfg = config_of(row, seed, work_dir)
     length = student_steps_of(row)
     start = time.perf_counter()
     work_dir.mkdir(parents=True, exist_ok=True)
     with open(work_dir / 'log.txt', 'a') as log, contextlib.redirect_stdout(log):
-        runner = Runner.from_cfg(cfg)
-        if compiled:
-            compile_networks(runner.model)
+        runner = runner_of(row, seed, work_dir, compiled)
         examiner = Examiner(runner.model, num_samples, work_dir)
         hook = ExaminerHook(examiner, [round(length * share / 4) for share in (1, 2, 3)])
         runner.register_hook(hook)

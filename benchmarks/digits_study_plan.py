@@ -5,7 +5,8 @@ from typing import Any
 RECIPE = 'digits/cdm_sd3-digits_1xb32_4step_800.py'  # the consistent recipe
 STEPS = 200  # student steps of a row, half of the recipe's
 SEEDS = 5
-TEACHERS = {'guided': (1.0, True), 'unguided': (1.0, False), 'guided, alpha 7': (7.0, True)}  # alpha, guided
+TEACHERS = {'guided': (1.0, True), 'unguided': (1.0, False), 'guided, alpha 7': (7.0, True),
+            'alpha 0': (0.0, True)}  # alpha, guided
 TEACHER_STEPS = (1, 2, 3, 4, 6, 8, 50)
 
 # These four settings make the consistent recipe the published one.
@@ -158,16 +159,19 @@ def _questions() -> dict[str, Row]:
         'alpha-0-cdm-aware': Row('CDM', ALPHA_0, group='alpha 0'),
         'alpha-0-fixed-grid-with-cdm': Row('CDM', {**ALPHA_0, **FIXED_GRID}, group='alpha 0'),
         'alpha-0-dynamic-grid-without-cdm': Row('CDM', {**ALPHA_0, **NO_CDM}, group='alpha 0'),
-        'dmd2-aware-velocity': Row('DMD2', VELOCITY, group='low anchors'),
-        'fixed-grid-with-cdm-velocity': Row('CDM', {**FIXED_GRID, **VELOCITY}, group='low anchors'),
-        'cdm-consistent-velocity': Row('CDM', VELOCITY, group='low anchors'),
         'dmd2-aware-min-norm': Row('DMD2', {'model.losses.dm.min_norm': 0.01}, group='low anchors'),
-        'dmd2-aware-8-levels': Row('DMD2', EIGHT_LEVELS, group='low anchors'),
         'fixed-grid-one-rollout-velocity-400': Row(
             'CDM', {**FIXED_GRID, **ONE_ROLLOUT, **VELOCITY}, 400, group='low anchors'),
         'dmd2-aware-one-rollout-velocity-equal-forwards': Row('DMD2', {**ONE_ROLLOUT, **VELOCITY}, group='low anchors'),
         'dmd2-aware-one-rollout-8-levels-equal-forwards': Row(
             'DMD2', {**ONE_ROLLOUT, **EIGHT_LEVELS}, group='low anchors'),
+        # The CDM loss alone: its points lie on the trajectory too, wherever sigma_c is the anchor's.
+        'fixed-grid-cdm-only-one-rollout-equal-forwards': Row(
+            'CDM', {**FIXED_GRID, **ONE_ROLLOUT, **NO_CA, **NO_DM}, group='forwards'),
+        'fixed-grid-one-rollout-equal-forwards': Row('CDM', {**FIXED_GRID, **ONE_ROLLOUT}, group='forwards'),
+        'tdm-one-rollout-1600': Row('TDM', {**UNAWARE, **SQUARE, **ONE_ROLLOUT}, 1600, group='length'),
+        'fixed-grid-one-rollout-1600': Row('CDM', {**FIXED_GRID, **ONE_ROLLOUT}, 1600, group='length'),
+        'dmd2-aware-one-rollout-1600': Row('DMD2', ONE_ROLLOUT, 1600, group='length'),
         'alpha-0-dmd2-aware-one-rollout-1600': Row('DMD2', {**ALPHA_0, **ONE_ROLLOUT}, 1600, group='alpha 0'),
         'alpha-0-fixed-grid-one-rollout-1200': Row(
             'CDM', {**ALPHA_0, **FIXED_GRID, **ONE_ROLLOUT}, 1200, group='alpha 0'),

@@ -2,12 +2,16 @@
 
     python benchmarks/digits_study_report.py
 
-Every table comes from `docs/study/*.json`; the section "What it says" is `docs/study/findings.md`, written by hand.
+Every table comes from `docs/study/*.json`; the section "What it says" is `docs/study/findings.md`, written by hand, but
+for its numbers: `{row}` stands for a row's mean FD at 1, 2, 4 and 8 steps, `{row@4}` for that at 4, `{row@4±}` for it
+with its standard deviation, `{row.recall@4}` for another measure, `{row^}` for the FD at 4 steps after each quarter of
+the run, and `{row < other@4}` for how much smaller the FD is than the other row's, paired by seed.
 """
 import argparse
 import json
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +35,9 @@ many samples of the guided teacher at 50 steps, in the features of the digits' c
 digits; the share of samples that the classifier sees as what was asked for; improved precision and recall against
 both sets (3 nearest neighbours). Figures are means over seeds, with the standard deviation between seeds where there
 are two or more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout
-included; one with a backward counts as 3. Rows with a CDM loss that is guided, or whose sigma_c is uniform, were run
-before two corrections: its normaliser measures against the unguided teacher now, and sigma_c is clamped to [0.02,
-0.98]. DecoupledDMD has levels that are never shifted (`model.sigma_shift='none'`), as CDM's authors use it. An FD is
-biased by the number of samples: the guided teacher at 50 steps, on other noise than the reference, is the floor.
+included; one with a backward counts as 3. DecoupledDMD has levels that are never shifted
+(`model.sigma_shift='none'`), as CDM's authors use it. An FD is biased by the number of samples: the guided teacher at
+50 steps, on other noise than the reference, is the floor.
 '''
 
 GROUPS = {
@@ -59,6 +62,13 @@ GROUPS = {
     'length': ('Longer training', 'Four times the demo\'s length (400), the quarters over time; twice it, where '
                '`cdm-consistent` has as many forwards as the baselines at four times, and 1,113 student steps, where '
                'CDM on the fixed grid has as many as DMD2.'),
+    'low anchors': ('More weight on low anchors', 'Losses measured in velocity (`velocity`), a normaliser that clamps '
+                    'at 0.01 (`min-norm`), a fixed grid of 8 levels (`8-levels`); each to be read beside the row '
+                    'without the change.'),
+    'alpha 0': ('Without guidance', 'alpha 0, without the calls that guidance costs; the reference is the unguided '
+                'teacher at 50 steps.'),
+    'intervals': ('What tells the fake score the anchor', 'Nothing (`dmd2-one-rollout`), TDM\'s disjoint intervals, '
+                  'both; beside `dmd2-aware-one-rollout-equal-forwards`. For as many forwards as `cdm-consistent`.'),
 }
 PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2'),
          ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm-aware', 'cdm'),
@@ -80,7 +90,18 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2
          ('one-rollout', 'cdm-consistent'), ('one-rollout-equal-forwards', 'cdm-consistent'),
          ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-aware-equal-forwards'),
          ('fixed-grid-one-rollout-400', 'fixed-grid-with-cdm-400'),
-         ('fixed-grid-one-rollout-400', 'dmd2-aware-one-rollout-equal-forwards'))
+         ('fixed-grid-one-rollout-400', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('fixed-grid-one-rollout-velocity-400', 'fixed-grid-one-rollout-400'),
+         ('dmd2-aware-one-rollout-velocity-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('dmd2-aware-min-norm', 'dmd2-aware'),
+         ('dmd2-aware-one-rollout-8-levels-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-one-rollout-equal-forwards'),
+         ('tdm-equal-forwards', 'dmd2-one-rollout-equal-forwards'),
+         ('tdm-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('tdm-aware-equal-forwards', 'tdm-equal-forwards'), ('alpha-0-dmd2-aware', 'alpha-0-dmd2'),
+         ('alpha-0-cdm-aware', 'alpha-0-cdm'), ('alpha-0-fixed-grid-with-cdm', 'alpha-0-dmd2-aware'),
+         ('alpha-0-cdm-aware', 'alpha-0-dynamic-grid-without-cdm'),
+         ('alpha-0-cdm-aware', 'alpha-0-fixed-grid-with-cdm'))
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
@@ -138,17 +159,49 @@ def differences(results: dict[str, Result]) -> str:
     rows = []
     for one, other in PAIRS:
         if one in results and other in results:
-            a, b = ({run['seed']: {e['steps']: e['fd'] for e in run['final']} for run in results[name]['runs']}
-                    for name in (one, other))
-            seeds = sorted(a.keys() & b.keys())
-            row = [f'{one} - {other}', str(len(seeds))]
-            for steps in STEPS:
-                pairs = [(a[seed][steps], b[seed][steps]) for seed in seeds]
-                lower = sum(None not in pair and pair[0] < pair[1] for pair in pairs)
-                less = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-                row.append(f'{spread(less, 1)} ({lower}/{len(seeds)})' if seeds else '')
-            rows.append(row)
+            both = {steps: less(results[one], results[other], steps) for steps in STEPS}
+            count = len(both[1][0])
+            cells = [f'{spread([None if v is None else -v for v in values], 1)} ({smaller}/{count})' if count else ''
+                     for values, smaller in both.values()]
+            rows.append([f'{one} - {other}', str(count), *cells])
     return markdown(['FD, paired by seed', 'seeds', *(_steps(steps) for steps in STEPS)], rows)
+
+
+def less(one: Result, other: Result, steps: int) -> tuple[list[float | None], int]:
+    """FD of the other row less that of the first on each seed that both have, and on how many it is smaller."""
+    a, b = ({run['seed']: {e['steps']: e['fd'] for e in run['final']}[steps] for run in r['runs']}
+            for r in (one, other))
+    pairs = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
+    return ([None if None in pair else pair[1] - pair[0] for pair in pairs],
+            sum(None not in pair and pair[0] < pair[1] for pair in pairs))
+
+
+def fill(text: str, results: dict[str, Result]) -> str:
+    """Numbers in place of `{row...}`, as the docstring of this file says.
+
+    Raises:
+        KeyError: A row has not run.
+    """
+    def number(match: re.Match[str]) -> str:
+        row, other, measure, steps, kind = match.groups()
+        if other:
+            values, smaller = less(results[row], results[other], int(steps))
+            return f'{spread(values, 1)} on {smaller} of {len(values)} seeds'
+        if kind == '^':
+            ends = final(results[row], 4, 'fd')
+            quarters = zip(*([e['fd'] for e in run['curve']] for run in results[row]['runs']))
+            return listed(f'{statistics.mean(values):.1f}' for values in (*quarters, ends))
+        digits = 1 if (measure or 'fd').startswith('fd') else 2
+        means = [spread(final(results[row], int(at), measure or 'fd'), digits) for at in (steps or '1248')]
+        return means[0] if kind == '±' else listed(mean.split()[0] for mean in means)
+
+    return re.sub(r'\{([\w-]+)(?: < ([\w-]+))?(?:\.(\w+))?(?:@(\d))?([\^±])?\}', number, text)
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words with commas and "and"."""
+    *most, last = words
+    return f'{", ".join(most)} and {last}' if most else last
 
 
 def teacher(result: Result) -> str:
@@ -187,7 +240,7 @@ def report(study: Path) -> str:
     parts = [INTRODUCTION.format(num_samples=f'{files[0]["num_samples"]:,}'), '## What has run\n', coverage(results)]
     findings = study / 'findings.md'
     if findings.is_file():
-        parts += ['## What it says\n', findings.read_text(encoding='utf-8')]
+        parts += ['## What it says\n', fill(findings.read_text(encoding='utf-8'), results)]
     for result in teachers:
         parts += ['## Teacher\n', teacher(result)]
     for group, (title, text) in GROUPS.items():

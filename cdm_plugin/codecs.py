@@ -11,7 +11,15 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.utils.checkpoint import checkpoint
 
 from cdm_plugin.arguments import Count
-from cdm_plugin.pretrained import HUB_KEYS, absolute_folder, check_dtype, check_load_keys, check_weight_indexes, origin
+from cdm_plugin.pretrained import (
+    HUB_KEYS,
+    absolute_folder,
+    check_dtype,
+    check_folder,
+    check_load_keys,
+    naming_absent,
+    origin,
+)
 
 
 def crop_latents(latents: Tensor, place: Tensor, side: int) -> Tensor:
@@ -111,7 +119,8 @@ class VAECodec(Codec):
                  **load_kwargs: Any) -> None:
         super().__init__()
         check_load_keys(load_kwargs, 'model.backbone.codec', type(self))
-        check_weight_indexes(pretrained)
+        check_folder(pretrained, pretrained, 'model.backbone.codec.pretrained',
+                     'the folder of a pipeline, with the autoencoder in `subfolder`')
         self.register_buffer('_here', torch.empty(0), persistent=False)
         # What the weights are read by; None when they are there.
         self._unread: Any = (pretrained, subfolder, check_dtype(dtype, 'model.backbone.codec.dtype'), load_kwargs)
@@ -119,8 +128,10 @@ class VAECodec(Codec):
                             dtype=dtype, **origin(load_kwargs))
         if lazy:
             defaults = {name: p.default for name, p in inspect.signature(self.vae_class.__init__).parameters.items()}
-            self.scale = self.scale_of(SimpleNamespace(**{**defaults, **self.vae_config(
-                pretrained, subfolder, **{k: v for k, v in load_kwargs.items() if k in HUB_KEYS})}))
+            with naming_absent(pretrained, 'model.backbone.codec.pretrained'):
+                config = self.vae_config(pretrained, subfolder,
+                                         **{k: v for k, v in load_kwargs.items() if k in HUB_KEYS})
+            self.scale = self.scale_of(SimpleNamespace(**{**defaults, **config}))
         else:
             self._read()
 
@@ -138,7 +149,8 @@ class VAECodec(Codec):
 
     def _read(self) -> None:
         (pretrained, subfolder, dtype, load_kwargs), self._unread = self._unread, None
-        self.vae = self.load_vae(pretrained, subfolder, dtype, **load_kwargs)
+        with naming_absent(pretrained, 'model.backbone.codec.pretrained'):
+            self.vae = self.load_vae(pretrained, subfolder, dtype, **load_kwargs)
         self.vae.requires_grad_(False).eval()
         self.vae.enable_slicing()  # one image at a time: a batch at full size takes tens of gigabytes
         self.read_config(self.vae.config)

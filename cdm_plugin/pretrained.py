@@ -1,10 +1,14 @@
 """What `from_pretrained` may be told, and checks of it: folders, hub ids, dtypes."""
+import contextlib
 import inspect
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 from cdm_plugin.errors import did_you_mean
 from cdm_plugin.files import inside
@@ -22,17 +26,38 @@ def absolute_folder(pretrained: str) -> str:
 
 
 def check_folder(path: str, given: str, key: str, what: str) -> str:
-    """The path, if it is a folder or may be a hub id: a name, or an owner and a name.
+    """The path, if it is a folder or may be a hub id: a name, or an owner and a name. An owner whose name a folder here
+    has is taken for that folder, unless the id is in the local cache.
 
     Raises:
         FileNotFoundError: If `given` looks like a path and is no folder; names the config's key and what belongs there.
     """
-    looks_local = (given.startswith(('/', './', '../', '~', 'asset:')) or given.count('/') > 1
-                   or Path(path).exists())
-    if looks_local and not Path(path).is_dir():
-        raise FileNotFoundError(f'{key}={given!r} is no folder: give {what}, or a hub id')
+    if not Path(path).is_dir():
+        cached = Path(constants.HF_HUB_CACHE, f'models--{given.replace("/", "--")}').is_dir()
+        if (given.startswith(('/', './', '../', '~', 'asset:')) or given.endswith('/') or given.count('/') > 1
+                or Path(path).exists() or '/' in given and Path(given.partition('/')[0]).is_dir() and not cached):
+            where = '' if Path(given).is_absolute() or given.startswith('asset:') else f' in {os.getcwd()}'
+            raise FileNotFoundError(f'{key}={given!r} is no folder{where}: give {what}, or a hub id')
     check_weight_indexes(path)
     return path
+
+
+@contextlib.contextmanager
+def naming_absent(pretrained: str, key: str) -> Iterator[None]:
+    """Context of reading what `pretrained` names.
+
+    Raises:
+        FileNotFoundError: If it is no folder and cannot be fetched; diffusers speaks of a missing config.json then.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(pretrained).is_dir():
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f'{key}={pretrained!r} is no folder here, and as a hub id it is not in the local cache '
+                                'and cannot be fetched (no connection, no access, or no such repository): '
+                                f'{cause}') from error
 
 
 def check_weight_indexes(pretrained: str) -> None:

@@ -4,13 +4,15 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapperDict
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import BaseLoop
 
 from cdm_plugin.engine.loading import as_checkpoint, check_start, check_whole, named_as
 from cdm_plugin.engine.settings import settle
 from cdm_plugin.hooks.method import method_of
 from cdm_plugin.methods.base import TRAINED_KEYS
+from cdm_plugin.methods.overrides import with_defaults
+from cdm_plugin.registry import class_of
 from cdm_plugin.secrets import without_secrets
 
 FROM_WEIGHTS = 'To start a new run from its weights, set load_from and leave resume out'
@@ -44,9 +46,11 @@ class LoadCheckHook(Hook):
             ValueError: If the checkpoint does not fit.
         """
         source = runner._load_from or f'in {runner.work_dir}'
-        if runner._resume and isinstance(checkpoint, dict) and 'config' in checkpoint:
-            check_resumed(checkpoint['config'].get('model', {}), runner.cfg.model)
         method = method_of(runner)
+        if runner._resume and isinstance(checkpoint, dict) and 'config' in checkpoint:
+            law = checkpoint.get('meta', {}).get(LEVELS) or 'none'  # the default has been another one
+            check_resumed({**({LEVELS: law} if hasattr(method, LEVELS) else {}),
+                           **checkpoint['config'].get('model', {})}, runner.cfg.model)
         if runner._resume and isinstance(checkpoint, dict):
             check_levels(checkpoint.get('meta', {}), runner.cfg.model, method)
         sharded = any(hasattr(getattr(method, role), 'weight_shards') for role in method.trained_roles)
@@ -93,9 +97,10 @@ def check_resumed(saved: dict[str, Any], model: dict[str, Any]) -> None:
         old, new = ((m.get('lora') or {}).get(key) for m in (saved, model))
         if old != new:
             raise ValueError(f'model.lora.{key}={new!r}, but the run that is resumed was trained with {old!r}')
-    saved, model = without_secrets(saved), without_secrets(model)
+    saved, model, method = without_secrets(saved), without_secrets(model), class_of(model, MODELS)
     for key in TRAINED_KEYS:
-        if key != 'lora' and saved.get(key) != model.get(key):
+        old, new = (with_defaults(key, m.get(key), method) for m in (saved, model))
+        if key != 'lora' and old != new:
             print_log(f'model.{key} is {model.get(key)!r} from now on, as the config says (until now '
                       f'{saved.get(key)!r})', 'current', level=logging.WARNING)
 

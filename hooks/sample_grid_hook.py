@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from cdm_plugin.condition import Condition
 from cdm_plugin.data import Stream
 from cdm_plugin.draws import randomness_kept, stream
 from cdm_plugin.hooks.method import method_of
+from cdm_plugin.hooks.signal_hook import asked_to_stop
 from cdm_plugin.inference import step_sigmas
 from cdm_plugin.methods import DiffusionModel
 from cdm_plugin.sheets import labelled_grid
@@ -27,7 +28,7 @@ class SampleGridHook(Hook):
     role whose network is of another kind than the student's, such as a discriminator, makes no images.)
 
     A run that collapses shows it here first; the losses may look healthy. Every rank draws, because a sharded network
-    needs them all, and the first one writes.
+    needs them all, and the first one writes. A run that is asked to stop draws no further row and leaves the grid out.
 
     The grid is the image `samples`. Each of `steps` has a grid beside it, `samples_<n>_steps`: student, EMA and guided
     teacher with that many steps, and the teacher with all of its own. `cdm compare` shows them side by side.
@@ -65,13 +66,18 @@ class SampleGridHook(Hook):
             self._draw(runner, runner.iter + 1)
 
     def _draw(self, runner: Any, step: int) -> None:
-        grids = {'samples': self.rows(runner), **{f'samples_{n}_steps': self.rows(runner, n) for n in self.steps}}
+        grids: dict[str, dict[str, Tensor]] = {}
+        for name, steps in {'samples': None, **{f'samples_{n}_steps': n for n in self.steps}}.items():
+            grids[name] = {}
+            for label, images in self._rows(runner, steps):
+                if asked_to_stop(runner):
+                    return
+                grids[name][label] = images
         self.drawn = step, grids['samples']
         if is_main_process():
             for name, rows in grids.items():
                 runner.visualizer.add_image(name, labelled_grid(rows), step=step)
 
-    @torch.no_grad()
     def rows(self, runner: Any, steps: int | None = None) -> dict[str, Tensor]:
         """A grid's rows: name -> images in [-1, 1], (N, C, H, W).
 
@@ -80,25 +86,29 @@ class SampleGridHook(Hook):
             steps (int, optional): Of student and EMA, and of a teacher row in place of the other trained roles'.
                 Default: the levels of `model.sample_sigmas`, with their rows.
         """
+        return dict(self._rows(runner, steps))
+
+    @torch.no_grad()
+    def _rows(self, runner: Any, steps: int | None) -> Iterator[tuple[str, Tensor]]:
         method = method_of(runner)
         condition = self._get_condition(runner, method)
         noise = torch.randn(method.latent_shape(len(condition)), generator=stream(self.seed, 'sample_grid'))
         few = method.sample_sigmas if steps is None else step_sigmas(steps)
         label = '1 step' if len(few) == 1 else f'{len(few)} steps'
-        rows = {f'student, {label}': method.sample(condition, noise, few)}
+        yield f'student, {label}', method.sample(condition, noise, few)
         if method.student_ema is not None:
             with method.student_ema.applied():
-                rows[f'EMA, {label}'] = method.sample(condition, noise, few)
+                images = method.sample(condition, noise, few)
+            yield f'EMA, {label}', images
         if not hasattr(method, 'teacher'):
-            return rows
+            return
         if steps is not None:
-            rows[f'teacher, {label}'] = self._teacher_row(method, condition, noise, steps)
-        rows[f'teacher, {self.teacher_steps} steps'] = self._teacher_row(method, condition, noise, self.teacher_steps)
+            yield f'teacher, {label}', self._teacher_row(method, condition, noise, steps)
+        yield f'teacher, {self.teacher_steps} steps', self._teacher_row(method, condition, noise, self.teacher_steps)
         scores = [r for r in method.trained_roles if r in method.denoisers and r != method.main_role]
         for role in scores if steps is None else ():
-            rows[f'{LABELS.get(role, role)}, {self.teacher_steps} steps'] = method.sample(
+            yield f'{LABELS.get(role, role)}, {self.teacher_steps} steps', method.sample(
                 condition, noise, step_sigmas(self.teacher_steps), role, anchor_sigma=float(method.shift(few)[-1]))
-        return rows
 
     def _teacher_row(self, method: DiffusionModel, condition: Condition, noise: Tensor, steps: int) -> Tensor:
         if steps not in self._teacher_rows:  # the teacher is frozen

@@ -25,7 +25,8 @@ class SignalHook(Hook):
 
     Every rank stops after the same iteration, whichever has got the signal: before each one they compare what they have
     got, in one small message between the CPUs, which waits for no device. Gradients that accumulate are in no
-    checkpoint, so the run goes on to the step that takes them. A validation is left where it is.
+    checkpoint, so the run goes on to the step that takes them. A validation is left where it is, and so is a grid of
+    SampleGridHook.
 
     A second SIGINT ends the process at once. A signal that somebody else handles, or that is ignored (SIGHUP under
     nohup), is left alone.
@@ -136,6 +137,11 @@ class SignalHook(Hook):
         last = str(runner.message_hub.get_info('last_ckpt', ''))
         names = [hook.filename_tmpl.format(runner.iter + 1) for hook in savers]
         return last if Path(last).name in names else None
+
+
+def asked_to_stop(runner: Any) -> bool:
+    """Whether a rank of a training is asked to stop before its next iteration. Every rank must call it."""
+    return any(hook._agreed() for hook in every_hook(runner) if isinstance(hook, SignalHook))
 
 
 def _world_size() -> int:

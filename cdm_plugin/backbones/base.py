@@ -22,7 +22,7 @@ from cdm_plugin.codecs import Codec
 from cdm_plugin.condition import MASK, Condition
 from cdm_plugin.conditioners import Conditioner
 from cdm_plugin.flow import full_precision
-from cdm_plugin.pretrained import HUB_KEYS, check_dtype, check_folder, check_load_keys
+from cdm_plugin.pretrained import HUB_KEYS, check_dtype, check_folder, check_load_keys, naming_absent
 from cdm_plugin.roles import attention as kernels
 from cdm_plugin.roles.weights import dtype_of, unwrap
 from cdm_plugin.secrets import masked
@@ -269,17 +269,14 @@ class Backbone(ScheduledLevels, nn.Module):
 
     def _pretrained_config(self) -> dict[str, Any]:
         try:
-            loaded = dict(self.network_class.load_config(
-                self.pretrained, subfolder=self.subfolder, **self._hub_kwargs))
+            with naming_absent(self.pretrained, 'model.backbone.pretrained'):
+                loaded = dict(self.network_class.load_config(
+                    self.pretrained, subfolder=self.subfolder, **self._hub_kwargs))
         except OSError as error:
-            cause = str(error).strip().splitlines()[0]
-            if Path(self.pretrained).is_dir():
-                raise FileNotFoundError(f'model.backbone.pretrained={self.pretrained!r} is no diffusers pipeline: it '
-                                        f'has no {self.subfolder}/config.json') from error
-            raise FileNotFoundError(
-                f'model.backbone.pretrained={self.pretrained!r} is no folder here, and as a hub id it is not in the '
-                f'local cache and cannot be fetched (no connection, no access, or no such repository): {cause}'
-                ) from error
+            if not Path(self.pretrained).is_dir():
+                raise
+            raise FileNotFoundError(f'model.backbone.pretrained={self.pretrained!r} is no diffusers pipeline: it has '
+                                    f'no {self.subfolder}/config.json') from error
         found = loaded.get('_class_name', self.network_class.__name__)
         if found != self.network_class.__name__:
             fitting = [name for name, cls in MODELS.module_dict.items()

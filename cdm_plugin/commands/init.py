@@ -214,8 +214,8 @@ def _captions(folder: Path) -> Path | None:
 def _beside(folder: Path, pictures: bool) -> Data:
     pack = dict(type='PackInputs', **(dict(image='image') if pictures else {}))
     return Data(dict(_delete_=True, type='ImageCaptionFolder', data_root=str(folder),
-                     pipeline=[pack, *([dict(type='ResizeCrop', sizes=1024)] if pictures else [])]),
-                'Your pictures, brought to the size of `model.image_size`, with the captions beside them' if pictures
+                     pipeline=[pack, *([dict(type='ResizeCrop', sizes=Code('image_size'))] if pictures else [])]),
+                'Your pictures, brought to `image_size`, with the captions beside them' if pictures
                 else 'The captions beside your pictures, which this method does not need')
 
 
@@ -247,8 +247,9 @@ def _texts(args: argparse.Namespace, file: Path, root: Path, pictures: bool) -> 
         raise FileNotFoundError(f'{file}: its first picture, {row[image]!r}, is not in '
                                 f'{" or ".join(map(str, places))}; --images names its folder')
     return Data(dict(ann_file=str(file), data_root='', **named, data_prefix={image: str(place)},
-                     pipeline=[dict(type='PackInputs', image=image), dict(type='ResizeCrop', sizes=1024)]),
-                'Your pictures, brought to the size of `model.image_size`, with their captions')
+                     pipeline=[dict(type='PackInputs', image=image),
+                               dict(type='ResizeCrop', sizes=Code('image_size'))]),
+                'Your pictures, brought to `image_size`, with their captions')
 
 
 def _is_image(value: Any) -> bool:
@@ -272,7 +273,13 @@ def _config(args: argparse.Namespace, recipe: Recipe, data: Data) -> str:
         changes.append('# Pictures are drawn in 28 steps, where a student takes 4.')
     else:
         changes.append("# `type` alone swaps the method: 'DMD2', 'DecoupledDMD', 'TDM', 'CDM'.")
-    changes.append(f'model = {_dict(_model(args, is_whole), 0)}')
+    model = _model(args, is_whole)
+    if resizes := args.method in PICTURES and args.model != LABELLED:
+        model['image_size'] = Code('image_size')
+    changes.append(f'model = {_dict(model, 0)}')
+    if resizes:
+        changes.insert(0, '# Side in pixels, or (height, width): of the pictures, and of what is drawn.\n'
+                          'image_size = 1024')
     if args.method == 'dmd2-gan' and not is_whole:
         changes += ['# The discriminator learns as the fake score does.',
                     'optim_wrapper = dict(discriminator=_base_.optim_wrapper.fake)',

@@ -16,7 +16,7 @@ from cdm_plugin.pretrained import (
     check_dtype,
     check_folder,
     check_load_keys,
-    check_weight_indexes,
+    naming_absent,
     origin,
 )
 
@@ -46,10 +46,13 @@ class PipelineConditioner(TextConditioner):
                  **load_kwargs: Any) -> None:
         check_load_keys(load_kwargs, 'model.backbone.conditioner', type(self))
         weights_dtype = check_dtype(dtype, 'model.backbone.conditioner.dtype')
-        check_weight_indexes(pretrained)
+        key = 'model.backbone.conditioner.pretrained'
+        check_folder(pretrained, pretrained, key, 'the folder of a pipeline, with its text encoders')
         hub_kwargs = {k: v for k, v in load_kwargs.items() if k in HUB_KEYS}
-        components = self.components(pretrained, **hub_kwargs)
-        pipeline = self.pipeline_class().from_pretrained(pretrained, dtype=weights_dtype, **components, **load_kwargs)
+        with naming_absent(pretrained, key):
+            components = self.components(pretrained, **hub_kwargs)
+            pipeline = self.pipeline_class().from_pretrained(pretrained, dtype=weights_dtype, **components,
+                                                             **load_kwargs)
         super().__init__([part for name, part in pipeline.components.items()
                           if isinstance(part, nn.Module) and name not in components], negative_prompt, offload)
         self.pipeline = pipeline

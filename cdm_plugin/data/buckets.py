@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Sampler
 
 from cdm_plugin.data.bad_records import SkipBadRecords, skipping_datasets
+from cdm_plugin.data.images import upright_size
 from cdm_plugin.data.mix import MixSampler
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.sizes import Pair, Size, image_sizes, nearest_size
@@ -202,13 +203,7 @@ def _size_of(info: dict[str, Any], image: str) -> Pair:
         return int(info['height']), int(info['width'])
     value = info.get(image)
     if isinstance(value, (str, Path)):
-        try:
-            with Image.open(value) as opened:  # reads the header alone
-                width, height = opened.size
-                turned = opened.getexif().get(0x0112, 1) >= 5  # orientation
-        except OSError as error:
-            raise SampleError(f'{str(value)!r} is no readable image ({" ".join(str(error).split())})') from error
-        return (width, height) if turned else (height, width)
+        return upright_size(value)
     if isinstance(value, Tensor):
         return value.shape[-2], value.shape[-1]
     if isinstance(value, np.ndarray):

@@ -1,6 +1,8 @@
 """The one reader of pictures, for training and metrics alike: files, PIL images and arrays to the networks' range."""
 import io
 import logging
+import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import print_log
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cdm_plugin.data.sample import SampleError
@@ -16,6 +18,8 @@ from cdm_plugin.data.sample import SampleError
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 # What interpolation may overshoot by; ImageNet's mean and deviation give 2 and more.
 TOLERATED = 1.6
+# Of a PNG, the chunks that say its size and which side of it is up.
+PNG_HEADER = (b'IHDR', b'eXIf', b'tEXt', b'zTXt', b'iTXt')
 WITH_ALPHA = ('LA', 'La', 'PA', 'RGBA', 'RGBa')
 _animated: list[str] = []  # the first that this process has met
 
@@ -66,6 +70,38 @@ def open_image(source: str | bytes, name: str) -> Image.Image:
         raise SampleError(f'{name!r} is no readable image ({_reason(error)})') from error
     image.filename = name
     return image
+
+
+def upright_size(file: str | Path) -> tuple[int, int]:
+    """Height and width of what `read_image` makes of a file, without decoding its pixels.
+
+    Raises:
+        SampleError: If it is no picture. One line that names it.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            kind, exif = image.format, {} if image.format == 'PNG' else image.getexif()
+        if kind == 'PNG':
+            with Image.open(_without_pixels(file)) as header:
+                exif = Image.Image.getexif(header)  # PNG's own looks for what may stand behind the pixels
+    except Exception as error:
+        raise SampleError(f'{str(file)!r} is no readable image ({_reason(error)})') from error
+    turned = kind != 'TIFF' and exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # PIL opens a TIFF upright
+    return (width, height) if turned else (height, width)
+
+
+def _without_pixels(file: str | Path) -> io.BytesIO:
+    """The header of a PNG, with what of it stands behind the pixels."""
+    with open(file, 'rb') as png:
+        kept = [png.read(8)]
+        while len(head := png.read(8)) == 8:
+            length, kind = struct.unpack('>I4s', head)
+            if kind in PNG_HEADER:
+                kept.append(head + png.read(length + 4))
+            else:
+                png.seek(length + 4, os.SEEK_CUR)
+    return io.BytesIO(b''.join(kept) + struct.pack('>I4s', 0, b'IDAT'))
 
 
 def to_image_tensor(pixels: np.ndarray) -> Tensor:

@@ -67,9 +67,11 @@ def refusals(cfg: Mapping[str, Any], processes: int = 1) -> Iterator[str]:
     loader, loop = cfg.get('train_dataloader') or {}, cfg.get('train_cfg') or {}
     yield from _of_streams(cfg)
     by_epoch = is_type(loop, EpochBasedTrainLoop, LOOPS) or loop.get('by_epoch') is True
-    if by_epoch and is_type(loader.get('sampler'), InfiniteSampler, DATA_SAMPLERS):
-        yield ("train_dataloader.sampler.type='InfiniteSampler' has no end, and train_cfg counts epochs: take "
-               "train_cfg=dict(type='IterBasedTrainLoop', max_iters=...), or DefaultSampler")
+    sampler = class_of(loader.get('sampler'), DATA_SAMPLERS)
+    if by_epoch and is_type(sampler, InfiniteSampler):
+        instead = '' if issubclass(sampler, MixSampler) else ', or DefaultSampler'  # which a mix cannot take
+        yield (f'train_dataloader.sampler.type={sampler.__name__!r} has no end, and train_cfg counts epochs: take '
+               f"train_cfg=dict(type='IterBasedTrainLoop', max_iters=...){instead}")
     yield from _of_mixes(loader)
 
 

@@ -14,7 +14,7 @@ from cdm_plugin.config import check_part
 from cdm_plugin.errors import did_you_mean
 from cdm_plugin.losses.direction import CALoss, CDMLoss, DMLoss, TDMLoss
 from cdm_plugin.losses.gan import GANLoss
-from cdm_plugin.registry import class_of
+from cdm_plugin.registry import class_of, registered
 from cdm_plugin.time_grids import DynamicTimeGrid, FixedTimeGrid
 
 # The terms that some method of the family has, or some recipe, and what they are there.
@@ -44,6 +44,35 @@ def leave_aside(method: type, siblings: Mapping[str, Any], family: type) -> None
         if key not in known:
             raise ValueError(f'model.{key} is unknown: no method takes it{did_you_mean(key, sorted(known))}')
         print_log(f'model.{key} does not apply to {method.__name__}: left aside', 'current')
+
+
+def with_defaults(key: str, value: Any, method: Any) -> Any:
+    """A setting of `model` as it counts: the method's default if it is left out, and each part with the defaults of
+    what it does not say. Losses and time grids that are left out are not filled in.
+
+    Args:
+        key (str): Its name.
+        value: What a config has, None if nothing.
+        method (type): The method.
+    """
+    if value is None and inspect.isclass(method):
+        parameter = inspect.signature(method).parameters.get(key)
+        value = None if parameter is None else parameter.default
+        default = getattr(method, f'default_{key}', None)
+        value = default if value is None and not callable(default) else value
+    return _filled(value)
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_filled(child) for child in value]
+    if not isinstance(value, Mapping):
+        return value
+    # One side may be read from a checkpoint: nothing is imported.
+    cls = registered(value.get('type'), MODELS) or registered(value.get('type'), TASK_UTILS)
+    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values()
+                if p.default is not p.empty} if inspect.isclass(cls) else {}
+    return {name: _filled(child) for name, child in {**defaults, **value}.items()}
 
 
 def override_part(default: Mapping[str, Any], override: Any, registry: Registry, path: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from cdm_plugin.draws import Draws
 from cdm_plugin.flow import expand_sigma
 from cdm_plugin.losses.direction import check_step_sigma, diffuse_step
+from cdm_plugin.losses.gan import GANLoss
 from cdm_plugin.methods.distillation import Distillation
 from cdm_plugin.rollout import Prediction
 
@@ -26,7 +27,11 @@ class TDM(Distillation):
 
     def _build_losses(self, overrides: dict[str, Any]) -> nn.ModuleDict:
         check_step_sigma(self.fake_sigma, 'model.fake_sigma')
-        return super()._build_losses(overrides)
+        losses = super()._build_losses(overrides)
+        for name, loss in losses.items():
+            if isinstance(loss, GANLoss):  # head and trunk learn at the levels of `fake_sigma`
+                check_step_sigma(loss.sigma, f'model.losses.{name}.sigma')
+        return losses
 
     def fake_point(self, anchor: Prediction, draws: Draws, step: int) -> tuple[Tensor, Tensor, float | Tensor]:
         """The end of the anchor's sampling step, diffused up to the level; the noise in it is partly the student's own,

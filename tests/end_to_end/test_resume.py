@@ -216,6 +216,22 @@ def test_settings_of_the_method_are_named_with_both_values_and_adapters_must_be_
             load_check_hook.check_resumed(saved, dict(lora=dict(rank=8)))
 
 
+@pytest.mark.parametrize('written, changed', [
+    (dict(alpha=7, guidance='plain', rollout='ode', sample_sigmas=[1.0, 0.75, 0.5, 0.25], anchor_aware_fake=False),
+     dict(alpha=6.5)),
+    (dict(student_every=2, fake_merge=0.001, sigma_shift='none'), dict(student_every=3)),
+    (dict(fake_loss=dict(type='FlowMatchingLoss')), dict(fake_loss=dict(type='other.Loss'))),
+    (dict(fake_sigma=dict(type='UniformSigma', low=0.02)), dict(fake_sigma=dict(type='UniformSigma', low=0.1)))])
+def test_a_default_that_is_written_out_by_now_is_no_change(written, changed, monkeypatch):
+    lines = []
+    monkeypatch.setattr(load_check_hook, 'print_log', lambda text, *args, **kwargs: lines.append(text))
+    for saved, model in (({}, written), (written, {})):
+        load_check_hook.check_resumed(dict(saved, type='CDM'), dict(model, type='CDM'))
+        assert lines == []
+    load_check_hook.check_resumed(dict(written, type='CDM'), dict(written, type='CDM') | changed)
+    assert len(lines) == 1 and lines[0].startswith(f'model.{next(iter(changed))} is ')
+
+
 def test_a_run_of_decoupled_dmd_from_before_its_own_law_does_not_change_it_silently():
     ours, other = tiny_method('DecoupledDMD'), tiny_method('CDM')
     assert (ours.sigma_shift, other.sigma_shift) == ('scheduler', 'none')

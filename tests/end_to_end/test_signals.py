@@ -3,6 +3,7 @@ import copy
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,21 @@ def test_a_loop_of_epochs_keeps_what_it_has_learnt(run, tmp_path):
     assert weights(tmp_path / 'run')['meta']['epoch'] == 1
     run('run', resume=True, **options).train()
     assert torch.load(tmp_path / 'run/epoch_2.pth', weights_only=True)['meta']['epoch'] == 2
+
+
+@pytest.mark.parametrize('stage, done', [('before_train', 0), ('after_train_iter', 1)])
+def test_a_grid_is_left_after_the_row_that_is_drawn(stage, done, run, tmp_path, monkeypatch):
+    grid = dict(type='SampleGridHook', interval=1 if done else 100, num_images=2, teacher_steps=2, steps=[1])
+    runner = run('run', dict(type='SignalAtHook', point=stage), grid)
+    drawn, sample = Counter(), type(runner.model).sample
+    monkeypatch.setattr(type(runner.model), 'sample',
+                        lambda self, *args, **kwargs: drawn.update([runner.iter]) or sample(self, *args, **kwargs))
+    with pytest.raises(Stopped):
+        runner.train()
+    # Whole, the grids have four rows (student, EMA, teacher and fake score) and three.
+    assert drawn == ({0: 1} if done == 0 else {0: 7 + 1})
+    assert runner.iter == done and [file.name for file in (tmp_path / 'run').glob('iter_*.pth')] == (
+        ['iter_1.pth'] if done else [])
 
 
 # The hook alone

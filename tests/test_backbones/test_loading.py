@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import PROMPTS
 
 from cdm_plugin.backbones import FluxBackbone, LongCatImageBackbone, SD3Backbone
+from cdm_plugin.backbones.sd3 import SD3TextConditioner
+from cdm_plugin.codecs import VAECodec
 
 WEIGHTS = 'transformer/diffusion_pytorch_model.safetensors'
 
@@ -31,6 +33,32 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.backbone\.pretrained='.*nowhere' is no folder"):
         LongCatImageBackbone(pretrained=str(tmp_path / 'nowhere'))
+
+
+BUILD = {
+    'model.backbone': lambda pretrained: SD3Backbone(pretrained=pretrained),
+    'model.backbone.codec': lambda pretrained: VAECodec(pretrained),
+    'model.backbone.codec, lazy': lambda pretrained: VAECodec(pretrained, lazy=True),
+    'model.backbone.conditioner': lambda pretrained: SD3TextConditioner(pretrained)}
+
+
+@pytest.mark.parametrize('key', BUILD)
+def test_what_is_no_folder_here_is_told_from_a_hub_id(key, tmp_path, monkeypatch):
+    """A path is refused before the hub is asked; an id that is not in the cache, with no network, says both."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    (tmp_path / 'models').mkdir()
+    named = re.escape(key.partition(',')[0])
+    for path in ('models/sd3', './sd3', 'sd3/', 'work_dirs/a/student', '~/sd3'):
+        with pytest.raises(FileNotFoundError, match=f"{named}.pretrained='{path}' is no folder in {tmp_path}: give "):
+            BUILD[key](path)
+    for hub_id in ('acme/sd3', 'sd3'):
+        with pytest.raises(FileNotFoundError, match=f"{named}.pretrained='{hub_id}' is no folder here, and as a hub"):
+            BUILD[key](hub_id)
+    (tmp_path / 'cache' / 'models--models--sd3').mkdir(parents=True)  # of an owner whose name a folder here has
+    with pytest.raises(FileNotFoundError, match="pretrained='models/sd3' is no folder here, and as a hub id"):
+        BUILD[key]('models/sd3')
 
 
 @pytest.mark.parametrize('name, given, fitting', [

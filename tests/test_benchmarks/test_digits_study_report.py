@@ -52,6 +52,17 @@ def test_the_report_has_means_spreads_and_differences_by_seed(plan, report, tmp_
     assert '\nBy hand.\n' in text and '| 3,200 |' in text
 
 
+def test_numbers_of_the_findings_are_read_from_the_results(plan, report):
+    results = {'dmd2': result('dmd2', {0: 10.0, 1: 14.0}, plan), 'cdm': result('cdm', {1: 11.5, 0: 8.0, 2: 9.0}, plan)}
+    results['cdm']['runs'][0]['curve'][1]['fd'] = 2.5
+    text = '{dmd2}; {dmd2@4}; {dmd2@8±}; {dmd2.fd_real@1}; {cdm.recall@4±}; {cdm < dmd2@2}; {cdm^}; {a set}'
+    assert report.fill(text, results) == (
+        '12.0, 12.0, 12.0 and 12.0; 12.0; 12.0 ± 2.8; 24.0; 0.50 ± 0.00; 2.2 ± 0.4 on 2 of 2 seeds; '
+        '9.5, 6.5, 9.5 and 9.5; {a set}')  # 2 and 2.5; (11.5 + 8 + 9) / 3 = 9.5, (2.5 + 8 + 9) / 3 = 6.5
+    with pytest.raises(KeyError, match='tdm'):
+        report.fill('{tdm@4}', results)
+
+
 def test_the_report_in_the_repository_is_of_the_results_in_it(report):
     page = (DOCS / 'results.md').read_text(encoding='utf-8')
     assert page == report.report(DOCS / 'study'), 'run benchmarks/digits_study_report.py'

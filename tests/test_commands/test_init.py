@@ -155,6 +155,19 @@ def test_captions_beside_the_pictures(method, folder, capsys):
         'image'].shape == (3, 1024, 1024))
 
 
+@pytest.mark.parametrize('data', ['mine', 'mine/images'])
+def test_one_line_says_the_size(data, folder):
+    if data == 'mine/images':
+        for name in 'ab':
+            Path(f'mine/images/{name}.txt').write_text(f'a picture {name}')
+    call(*flags('sd3-medium', 'flow-matching', data))
+    text = Path('own.py').read_text()
+    assert text.count('1024') == 1
+    Path('own.py').write_text(text.replace('image_size = 1024', 'image_size = (512, 768)'))
+    cfg = load_config('own.py')
+    assert tuple(cfg.model.image_size) == tuple(cfg.train_dataloader.dataset.pipeline[1].sizes) == (512, 768)
+
+
 @pytest.mark.parametrize('words, message', [
     (flags('sd3-medium', 'cdm', 'promts.txt'), "--data 'promts.txt' does not exist; did you mean 'prompts.txt'?"),
     (flags('sd3-medium', 'cdm', 'labels'), "--data 'labels' does not exist"),

@@ -1,5 +1,7 @@
 """Batches of pictures of one size each."""
 import random
+import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -10,10 +12,10 @@ from mmengine.dataset import BaseDataset, DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import Runner
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from tests_support import same_bits, tiny_backbone
 
-from cdm_plugin.data import BucketBatchSampler, ResizeCrop, buckets
+from cdm_plugin.data import BucketBatchSampler, ResizeCrop, buckets, images
 from cdm_plugin.data.images import read_image
 from cdm_plugin.data.sample import SampleError
 from cdm_plugin.sizes import nearest_size
@@ -102,6 +104,34 @@ def test_sizes_are_read_from_what_the_dataset_has(tmp_path):
         buckets._size_of(dict(picture=tmp_path / 'broken.png'), 'picture')
     with pytest.raises(SampleError, match=r"nor a picture in 'image', only \['picture'\]"):
         buckets._size_of(dict(picture=1), 'image')
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif', 'gif'])
+@pytest.mark.parametrize('orientation', [None, 1, 3, 6, 8])
+def test_a_size_is_that_of_the_picture_that_is_read_and_no_pixel_is_decoded(suffix, orientation, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    file = tmp_path / f'picture.{suffix}'
+    Image.new('RGB', (30, 20)).save(file, exif=exif)
+    expected = tuple(read_image(file).shape[1:])
+    assert sorted(expected) == [20, 30]
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda self: pytest.fail('pixels are decoded'))
+    assert images.upright_size(file) == expected
+
+
+@pytest.mark.parametrize('words', [b'<x tiff:Orientation="6"/>', None], ids=['XMP', 'EXIF'])
+def test_what_stands_behind_a_pngs_pixels_counts(words, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    chunk = b'eXIf' + turned.tobytes().removeprefix(b'Exif\0\0') if words is None else (
+        b'iTXtXML:com.adobe.xmp' + bytes(5) + words)
+    chunk = struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk))
+    Image.new('RGB', (30, 20)).save(tmp_path / 'plain.png')
+    plain = (tmp_path / 'plain.png').read_bytes()
+    (tmp_path / 'turned.png').write_bytes(plain[:-12] + chunk + plain[-12:])  # before IEND
+    assert images.upright_size(tmp_path / 'plain.png') == (20, 30)
+    assert images.upright_size(tmp_path / 'turned.png') == (30, 20) == read_image(tmp_path / 'turned.png').shape[1:]
 
 
 def test_mistakes_are_named():

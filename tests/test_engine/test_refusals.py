@@ -29,6 +29,9 @@ def config(name='refusals', iterations=2, **changes):
 OURS = dict(constructor='DistillationOptimWrapperConstructor', student=wrapper(), fake=wrapper())
 STREAM = dict(batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
               dataset=dict(type='HFStream', path='acme/pictures'))
+MIX = dict(batch_size=2, num_workers=0, sampler=dict(type='MixSampler'),
+           dataset=dict(type='WeightedMixDataset', sources=dict(
+               labels=dict(dataset=dict(type='LabelDataset', num_classes=3)))))
 REFUSED = {
     'compile': (dict(compile=True), 'compile=True .* model.backbone.compile=True'),
     'compile with options': (dict(compile=dict(mode='default')), 'set model.backbone.compile=True'),
@@ -54,7 +57,10 @@ REFUSED = {
     'a stream in another dataset': (
         dict(train_dataloader=dict(STREAM, dataset=dict(type='SkipBadRecords', dataset=STREAM['dataset']))),
         'train_dataloader.dataset has a stream inside of another dataset'),
-    'epochs without end': (dict(train_cfg=dict(by_epoch=True, max_epochs=1)), "sampler.type='InfiniteSampler'")}
+    'epochs without end': (dict(train_cfg=dict(by_epoch=True, max_epochs=1)),
+                           r"sampler.type='InfiniteSampler' has no end.*max_iters=\.\.\.\), or DefaultSampler"),
+    'epochs of a mix': (dict(train_cfg=dict(by_epoch=True, max_epochs=1), train_dataloader=MIX),
+                        r"sampler.type='MixSampler' has no end.*max_iters=\.\.\.\) \(cdm")}
 
 
 @pytest.mark.parametrize('name', REFUSED)

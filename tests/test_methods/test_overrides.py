@@ -69,7 +69,8 @@ def test_a_fixed_grid_takes_the_inference_levels_by_default():
 
 def test_every_level_of_decoupled_dmd_is_drawn_before_the_shift_and_of_its_reuse_as_it_is_used():
     """Of 4 steps with a shift of 3 the anchors are 1, .9, .75 and .5; the caps were 1, .75, .5 and .25."""
-    ours, reuse = tiny_method('DecoupledDMD'), tiny_method('DecoupledDMD', sigma_shift='none')
+    losses = dict(gan=dict(type='GANLoss', width=8))
+    ours, reuse = (tiny_method('DecoupledDMD', losses=losses, **given) for given in ({}, dict(sigma_shift='none')))
     for ours.iteration in range(1, 21, 2):
         reuse.iteration = ours.iteration
         shifted, plain = ours.sample_draws(8), reuse.sample_draws(8)
@@ -78,6 +79,7 @@ def test_every_level_of_decoupled_dmd_is_drawn_before_the_shift_and_of_its_reuse
         u = plain.losses['ca']['sigma'] / plain.anchor_sigma
         for name, ours_, theirs in (('ca', shifted.losses['ca']['sigma'], cap * u),
                                     ('dm', shifted.losses['dm']['sigma'], plain.losses['dm']['sigma']),
+                                    ('gan', shifted.losses['gan']['sigma'], plain.losses['gan']['sigma']),
                                     ('fake', shifted.fake_sigma[0], plain.fake_sigma[0])):
             free = (plain.losses['ca']['sigma'] > 0.02) if name == 'ca' else (theirs > 0.02) & (theirs < 0.98)
             expected = (3 * theirs / (1 + 2 * theirs)).clamp(0.02, 0.98)
@@ -90,6 +92,9 @@ def test_tdm_needs_levels_within_its_steps():
         tiny_method('TDM', fake_sigma=dict(type='UniformSigma'))
     with pytest.raises(ValueError, match='model.losses.*sigma is CappedUniformSigma'):
         tiny_method('TDM', losses=dict(dm=dict(sigma=dict(type='CappedUniformSigma'))))
+    with pytest.raises(ValueError, match='model.losses.gan.sigma is UniformSigma, but TDM needs'):
+        tiny_method('TDM', losses=dict(gan=dict(type='GANLoss')))
+    tiny_method('TDM', losses=dict(gan=dict(type='GANLoss', sigma=dict(type='StepSigma'))))
 
 
 @pytest.mark.parametrize('override, match', [
