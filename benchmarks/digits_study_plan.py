@@ -181,15 +181,20 @@ def _questions() -> dict[str, Row]:
 
 
 def _variants() -> dict[str, Row]:
-    """Rows of digits_variants.py."""
-    types = {'next-level': 'NextLevelDMD2', 'low-anchors': 'LowAnchorsDMD2', 'input': 'AnchorInputDMD2'}
-    rows = {f'dmd2-aware-{name}-one-rollout-equal-forwards': Row(
-        type, ONE_ROLLOUT, group='variants', forwards_of='cdm-consistent') for name, type in types.items()}
+    """Rows of digits_variants.py; a fixed grid's levels say themselves what comes next, a dynamic grid's do not."""
+    dynamic = {'model.time_grid': dict(type='DynamicTimeGrid')}
     posterior = {'model.losses.dm': dict(type='PosteriorDMLoss', guided=True, alpha=1.0)}
-    rows['dmd2-aware-posterior-one-rollout-equal-forwards'] = Row(
-        'AnchorInputDMD2', {**ONE_ROLLOUT, **posterior}, group='variants', forwards_of='cdm-consistent')
-    rows['alpha-0-dmd2-aware-next-level'] = Row('NextLevelDMD2', ALPHA_0, group='variants')
-    return rows
+    rows = {
+        'next-level': ('NextLevelDMD2', {}),
+        'low-anchors': ('LowAnchorsDMD2', {}),
+        'input': ('AnchorInputDMD2', {}),
+        'posterior': ('AnchorInputDMD2', posterior),
+        'dynamic-grid': ('DMD2', dynamic),
+        'dynamic-grid-next-level': ('NextLevelDMD2', dynamic),
+    }
+    return {f'dmd2-aware-{name}-one-rollout-equal-forwards': Row(
+        type, {**ONE_ROLLOUT, **options}, group='variants', forwards_of='cdm-consistent')
+        for name, (type, options) in rows.items()}
 
 
 ROWS = _rows()
