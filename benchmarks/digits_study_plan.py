@@ -151,6 +151,8 @@ def _questions() -> dict[str, Row]:
     """Rows beyond the paper's: why more steps are no better, guidance out of the way, the intervals of TDM."""
     rows = {
         'dmd2-one-rollout-equal-forwards': Row('DMD2', {**UNAWARE, **ONE_ROLLOUT}, group='intervals'),
+        'tdm-one-rollout': Row('TDM', {**UNAWARE, **SQUARE, **ONE_ROLLOUT}, group='intervals'),
+        'dmd2-aware-one-rollout': Row('DMD2', ONE_ROLLOUT, group='intervals'),
         'tdm-equal-forwards': Row('TDM', {**UNAWARE, **SQUARE, **ONE_ROLLOUT}, group='intervals'),
         'tdm-aware-equal-forwards': Row('TDM', {**SQUARE, **ONE_ROLLOUT}, group='intervals'),
         'alpha-0-dmd2': Row('DMD2', {**ALPHA_0, **UNAWARE}, group='alpha 0'),

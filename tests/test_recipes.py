@@ -27,6 +27,7 @@ from recipes import (
     QWEN_IMAGE_DMD2,
     QWEN_IMAGE_LORA,
     SD3,
+    SD3_CONSISTENT,
     SD3_GAN,
     SD3_LORA,
     SD3_OFFLOAD,
@@ -37,6 +38,7 @@ from recipes import (
     Z_IMAGE_CONSISTENT,
     Z_IMAGE_DMD2,
     Z_IMAGE_LORA,
+    gpus_of,
     recipe_params,
     report_of,
     shipped,
@@ -53,9 +55,10 @@ from tiny_pipelines import (
     save_tiny_z_image,
 )
 
+from cdm_plugin.commands.doctor.calls import expected_calls
 from cdm_plugin.commands.doctor.meta import build_on_meta
 from cdm_plugin.commands.doctor.report import Report
-from cdm_plugin.config import load_config
+from cdm_plugin.config import RECIPES, load_config
 
 METHODS = {'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD', 'dmd2': 'DMD2', 'tdm': 'TDM',
            'teacher': 'FlowMatching'}
@@ -135,17 +138,76 @@ def test_the_published_numbers(recipe, gpus, batch, iterations, student_steps):
     assert resolved['fake_merge'] == '0.001' and 'max_steps 28, low 0.25, high 0.95' in resolved['time grid']
 
 
-@pytest.mark.parametrize('consistent', [name for name in shipped() if '/cdm-consistent' in name])
-def test_the_consistent_recipe_is_the_published_one_and_four_settings(consistent):
-    published = load_config(consistent.replace('cdm-consistent', 'cdm'))
+CONSISTENT = dict(
+    anchor_aware_fake=True,
+    losses=dict(ca=dict(sigma=dict(type='UniformSigma')), cdm=dict(guided=True, point_sigma=dict(type='AnchorSigma'))),
+    time_grid=dict(type='FixedTimeGrid'), fake_steps=2, student_every=1)
+TWICE = {'_2k': '_4k', '_1k': '_2k'}
+
+
+@pytest.mark.parametrize('consistent', [name for name in LARGE if '/cdm-consistent' in name])
+def test_the_consistent_recipe_is_the_published_one_and_what_is_best_on_the_digits(consistent):
+    """In half of the iterations, since each has a student step."""
+    published = load_config(re.sub('_[12]k', lambda iterations: TWICE[iterations[0]],
+                                   consistent.replace('cdm-consistent', 'cdm')))
     cfg = load_config(consistent)
-    assert cfg.model.pop('anchor_aware_fake') is True
-    assert cfg.model.pop('losses').to_dict() == dict(
-        ca=dict(sigma=dict(type='UniformSigma')),
-        cdm=dict(guided=True, point_sigma=dict(type='AnchorSigma')))
-    assert cfg.to_dict() == published.to_dict()
-    digits = load_config('digits/cdm_sd3-digits_1xb32_4step_800.py').model
-    assert digits.losses.to_dict() == load_config(consistent).model.losses.to_dict() and digits.anchor_aware_fake
+    cfg.pop('consistent')  # what _base_/consistent.py gives by name
+    for key, value in CONSISTENT.items():
+        assert cfg.model.pop(key) == value, key
+    if cfg.optim_wrapper.student.get('accumulative_counts', 1) > 1:
+        assert cfg.optim_wrapper.fake.accumulative_counts == 1  # the steps of one rollout are not joined
+        cfg.optim_wrapper.fake.accumulative_counts = published.optim_wrapper.fake.accumulative_counts
+    halved = published.copy()
+    halved.train_cfg.max_iters //= 2
+    for role in ('student', 'fake'):
+        halved.param_scheduler[role][0].end //= 2
+    for hook in (halved.default_hooks.checkpoint, halved.custom_hooks[1]):
+        hook.interval //= 2
+    assert cfg.to_dict() == halved.to_dict()
+
+
+def test_the_demo_has_the_consistent_recipe_of_the_large_models():
+    demo = load_config('digits/cdm-fixed-grid_sd3-digits_1xb32_4step_400.py').model
+    assert {key: demo[key] for key in CONSISTENT} == CONSISTENT
+
+
+@pytest.mark.parametrize('aware', [name for name in LARGE if '/dmd2-aware' in name])
+def test_the_aware_dmd2_is_the_consistent_cdm_with_another_type(aware):
+    cfg, consistent = load_config(aware), load_config(aware.replace('dmd2-aware', 'cdm-consistent'))
+    assert (cfg.model.type, consistent.model.type) == ('DMD2', 'CDM')
+    consistent.model.type = 'DMD2'
+    assert cfg.to_dict() == consistent.to_dict()
+
+
+def one_block(recipe, **model):
+    """A recipe's method with the depth of one block, which is enough to count calls."""
+    config = load_config(recipe).model.backbone.config
+    layers = {f'model.backbone.config.{key}': 1 for key in LAYERS if key in config}
+    return build_on_meta(load_config(recipe, {'model': model, **layers}).model.to_dict(), Report('', 1))
+
+
+@pytest.mark.parametrize('recipe', [pytest.param(name, marks=() if name in (SD3_CONSISTENT, Z_IMAGE_DMD2)
+                                                 else pytest.mark.slow) for name in LARGE
+                                    if '/cdm-consistent' in name or '/dmd2-aware' in name])
+def test_what_the_consistent_recipes_cost(recipe):
+    """A student step by hand, activations recomputed: 1.5 of the rollout to one of four levels, 2 x 4 of the fake
+    score's steps. Of CDM then 2 x 4 of the student's predictions, and the questions of CA (2), DM (2) and its own
+    guided loss (3); of DMD2 4 of a prediction, and the 3 questions of its guided DM. A rank whose samples have all
+    arrived keeps one in the rollout's calls, which adds up to 0.1 at a batch of 4."""
+    batch, method = load_config(recipe).train_dataloader.batch_size, one_block(recipe)
+    forwards = 1.5 + 2 * 4 + (2 * 4 + 2 + 2 + 3 if '/cdm' in recipe else 4 + 3)
+    calls = expected_calls(method, batch, gpus_of(recipe))
+    assert forwards <= calls.equivalents < forwards + 0.1 and calls.cycle == 1
+    assert expected_calls(method, batch, 1).equivalents == pytest.approx(forwards)
+
+
+def test_the_consistent_recipe_goes_back_to_the_dynamic_grid_in_one_line():
+    """Of N levels, 1 to 28, any is the anchor: 6.75 forwards a rollout in the mean, of which there are two."""
+    (model,) = re.findall(r'^# model = (dict\(.+\))$', (RECIPES / '_base_/consistent.py').read_text(), re.M)
+    method = one_block(SD3_CONSISTENT, **eval(model))
+    assert (method.time_grid.max_steps, method.fake_steps, method.student_every) == (28, 1, 2)
+    forwards = 2 * 6.75 + 1 + 2 * 4 + 2 * 4 + 2 + 2 + 3  # and samples for the second fake-score step, without gradient
+    assert 2 * expected_calls(method, 16, 1).equivalents == pytest.approx(forwards) == 37.5
 
 
 @pytest.mark.parametrize('recipe', recipe_params(DISTILLATION))
@@ -229,7 +291,9 @@ def test_a_recipe_trains_a_tiny_pipeline(recipe, save, size, tmp_path):
         'train_dataloader.dataset.ann_file': str(tmp_path / 'prompts.txt'), 'train_cfg.max_iters': 2,
         'work_dir': str(tmp_path / 'run'), 'experiment_name': f'recipe-{recipe}-{tmp_path.name}'.replace('/', '-'),
         'log_level': 'ERROR', 'custom_hooks.1.num_images': 1, 'custom_hooks.1.teacher_steps': 2,
-        'default_hooks.logger.interval': 1, 'model.time_grid': dict(max_steps=3), 'model.student_every': 2})
+        'default_hooks.logger.interval': 1})
+    if 'fake_steps' not in cfg.model:  # on the dynamic grid, with two rollouts
+        cfg.merge_from_dict({'model.time_grid': dict(max_steps=3), 'model.student_every': 2})
     if recipe == SD3_GAN:
         Image.new('RGB', (20, 18), 'teal').save(tmp_path / 'picture.png')
         (tmp_path / 'captions.jsonl').write_text('{"caption": "a red fox", "image": "picture.png"}\n' * 2)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from cdm_plugin.cli import CommandParser
 
 METHODS = {
-    'cdm-consistent': 'CDM with the settings that keep it from drifting on the digits (docs/recipes.md)',
+    'cdm-consistent': 'CDM with the settings that are best on the digits (docs/recipes.md)',
     'cdm': 'CDM, as the recipe of the model has it',
     'decoupled-dmd': 'Decoupled DMD, which CDM extends',
     'dmd2': 'DMD2 on prompts alone',
-    'dmd2-aware': 'the same with a fake score that knows the anchor',
+    'dmd2-aware': 'the same with a fake score that knows the anchor, two fake-score steps a student step',
     'dmd2-gan': 'DMD2 in full, with its GAN on your pictures',
     'flow-matching': 'fine-tunes the model on your pictures: the teacher of a later student'}
 TYPES = {'cdm-consistent': 'CDM', 'cdm': 'CDM', 'decoupled-dmd': 'DecoupledDMD', 'flow-matching': 'FlowMatching'}
@@ -307,10 +307,12 @@ def _model(args: argparse.Namespace, is_whole: bool) -> dict[str, Any]:
     if args.method == 'flow-matching':
         model['sample_sigmas'] = Code('[i / 28 for i in range(28, 0, -1)]')
     if args.method in ('cdm-consistent', 'dmd2-aware') and not is_whole:
-        model['anchor_aware_fake'] = True
+        # Two rollouts, since the fake score may accumulate: the steps of one rollout would be joined.
+        model['anchor_aware_fake'], model['student_every'] = True, 2
     if args.method == 'cdm-consistent' and not is_whole:
         model['losses'] = dict(ca=dict(sigma=dict(type='UniformSigma')),
                                cdm=dict(guided=True, point_sigma=dict(type='AnchorSigma')))
+        model['time_grid'] = dict(type='FixedTimeGrid')
     if args.method == 'dmd2-gan' and not is_whole:
         model['losses'] = dict(gan=dict(type='GANLoss'))
     return model

@@ -1,0 +1,13 @@
+# CDM on LongCat-Image, the consistent recipe on the fixed grid with one rollout: 8 GPUs x 8 prompts, 1,000 student
+# steps. The evidence is of digits, and in part of emoji in a small form (docs/recipes.md); never run on real weights.
+# _base_/consistent.py says what it is, and in one line the way back to the paper's dynamic grid.
+#
+# About 275 GiB a GPU (estimated by `cdm doctor`, not run): weights, gradients and AdamW's state of 6.3 B parameters in
+# float32, twice. On smaller GPUs they must be sharded, as in cdm_longcat-image_8xb8_zero3_4step.py.
+_base_ = ['./cdm_longcat-image_8xb8_4step_2k.py', '../_base_/consistent.py']
+
+model = _base_.consistent.model
+param_scheduler = _base_.consistent.param_scheduler
+train_cfg = dict(max_iters=1000)
+default_hooks = _base_.consistent.default_hooks
+custom_hooks = _base_.consistent.custom_hooks
