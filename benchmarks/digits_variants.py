@@ -54,7 +54,7 @@ class AnchorInput(nn.Module):
 @MODELS.register_module()
 class AnchorInputDMD2(DMD2):
     """DMD2 whose fake score also receives x_n, the student's input at the anchor, as NCVSD's does (arXiv 2506.09416).
-    With `PosteriorDMLoss` the teacher hears of x_n too, which is NCVSD's whole loss."""
+    With `PosteriorDMLoss` the teacher hears of x_n too, as there."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
