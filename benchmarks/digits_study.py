@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import digits_study_plan as plan
+import digits_variants  # noqa: F401  registers them
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
@@ -146,7 +147,8 @@ def forwards_a_step(row: plan.Row) -> float:
     """Expected forward passes of one student step, a sample; forward and backward count as 3."""
     cfg = recipe_of(row)
     method = MODELS.build(cfg.model)
-    return expected_calls(method, cfg.train_dataloader.batch_size, 1).equivalents * method.student_every
+    forwards = expected_calls(method, cfg.train_dataloader.batch_size, 1).equivalents * method.student_every
+    return forwards + getattr(method, 'extra_forwards', 0.0)
 
 
 def student_steps_of(row: plan.Row) -> int:

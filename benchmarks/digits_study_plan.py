@@ -143,6 +143,7 @@ def _rows() -> dict[str, Row]:
     rows['cdm-consistent-800'] = Row('CDM', student_steps=800, group='length')
     rows['fixed-grid-with-cdm-1113'] = Row('CDM', FIXED_GRID, group='length', forwards_of='dmd2-aware-1600')
     rows.update(_questions())
+    rows.update(_variants())
     return rows
 
 
@@ -179,6 +180,23 @@ def _questions() -> dict[str, Row]:
     }
     return {name: replace(row, forwards_of='cdm-consistent') if name.endswith('equal-forwards') else row
             for name, row in rows.items()}
+
+
+def _variants() -> dict[str, Row]:
+    """Rows of digits_variants.py; a fixed grid's levels say themselves what comes next, a dynamic grid's do not."""
+    dynamic = {'model.time_grid': dict(type='DynamicTimeGrid')}
+    posterior = {'model.losses.dm': dict(type='PosteriorDMLoss', guided=True, alpha=1.0)}
+    rows = {
+        'next-level': ('NextLevelDMD2', {}),
+        'low-anchors': ('LowAnchorsDMD2', {}),
+        'input': ('AnchorInputDMD2', {}),
+        'posterior': ('AnchorInputDMD2', posterior),
+        'dynamic-grid': ('DMD2', dynamic),
+        'dynamic-grid-next-level': ('NextLevelDMD2', dynamic),
+    }
+    return {f'dmd2-aware-{name}-one-rollout-equal-forwards': Row(
+        type, {**ONE_ROLLOUT, **options}, group='variants', forwards_of='cdm-consistent')
+        for name, (type, options) in rows.items()}
 
 
 ROWS = _rows()

@@ -76,6 +76,10 @@ GROUPS = {
                 'teacher at 50 steps.'),
     'intervals': ('What tells the fake score the anchor', 'Nothing (`dmd2-one-rollout`), TDM\'s disjoint intervals, '
                   'both; beside `dmd2-aware-one-rollout-equal-forwards`. For as many forwards as `cdm-consistent`.'),
+    'variants': ('Variants of DMD2', 'Of `benchmarks/digits_variants.py`: a student that knows the next level, on the '
+                 'fixed grid and on the dynamic one; anchors drawn in proportion to 1 / sigma_n; a fake score that '
+                 'also receives the anchor\'s noisy input, alone and with the teacher\'s posterior as its target '
+                 '(NCVSD). For as many forwards as `cdm-consistent`, beside `dmd2-aware-one-rollout-equal-forwards`.'),
 }
 PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2'),
          ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm-aware', 'cdm'),
@@ -108,7 +112,11 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2
          ('tdm-aware-equal-forwards', 'tdm-equal-forwards'), ('alpha-0-dmd2-aware', 'alpha-0-dmd2'),
          ('alpha-0-cdm-aware', 'alpha-0-cdm'), ('alpha-0-fixed-grid-with-cdm', 'alpha-0-dmd2-aware'),
          ('alpha-0-cdm-aware', 'alpha-0-dynamic-grid-without-cdm'),
-         ('alpha-0-cdm-aware', 'alpha-0-fixed-grid-with-cdm'))
+         ('alpha-0-cdm-aware', 'alpha-0-fixed-grid-with-cdm'),
+         *((f'dmd2-aware-{name}-one-rollout-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards')
+           for name in ('next-level', 'low-anchors', 'input', 'posterior')),
+         ('dmd2-aware-dynamic-grid-next-level-one-rollout-equal-forwards',
+          'dmd2-aware-dynamic-grid-one-rollout-equal-forwards'))
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
