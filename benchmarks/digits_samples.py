@@ -5,7 +5,8 @@
 Trains rows of the study (`digits_study_plan.py`) on one seed, and compares the EMA student's samples with the teacher's
 at 50 steps at several guidance scales: the scale that they are nearest to (the vertex of a parabola through the
 smallest distance and its neighbours), the distance there, and the mean squared Laplacian of a picture in [0, 1], which
-speckle and hard edges raise. Goes on where it was; writes docs/study/samples.json and prints a table in Markdown.
+speckle and hard edges raise. Goes on where it was; writes docs/study/samples.json and prints the table of
+docs/results.md.
 """
 import argparse
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import digits_study_plan as plan
 import torch
 from digits_study import Examiner, runner_of, write
+from digits_study_report import samples
 from torch import Tensor
 
 from cdm_plugin.commands.demo.judge import Judge
@@ -49,18 +51,6 @@ def measures(images: Tensor, judge: Judge, teachers: dict[float, Tensor], real: 
     return dict(fd=distances, scale=round(nearest(list(distances), list(distances.values())), 2),
                 fd_real=round(frechet_distance(features, real), 2), sharpness=round(sharpness(images), 4),
                 accuracy=class_accuracy(images, judge.labels, judge.classifier))
-
-
-def table(results: dict[str, Any]) -> str:
-    """The page's table."""
-    head = ['samples', 'nearest guidance scale', *(f'FD to scale {scale:g}' for scale in SCALES), 'FD to real digits',
-            'sharpness', 'accuracy']
-    lines = [head, ['---'] * len(head)]
-    for name, entries in results['rows'].items():
-        for key, entry in entries.items():
-            lines.append([f'{name}, {key}', f'{entry["scale"]:.2f}', *(f'{fd:.1f}' for fd in entry['fd'].values()),
-                          f'{entry["fd_real"]:.1f}', f'{entry["sharpness"]:.3f}', f'{entry["accuracy"]:.3f}'])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
                 images = sample_prompts(method, judge.labels, judge.noise, role='student', sigmas=step_sigmas(steps))
                 rows[name][f'{steps} steps'] = measures(images, judge, teachers, examiner.real)
         write(args.out, results)
-    print(table(results))
+    print(samples(results))
 
 
 if __name__ == '__main__':

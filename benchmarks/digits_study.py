@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import digits_study_plan as plan
+import digits_variants  # noqa: F401  registers them
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
@@ -146,7 +147,8 @@ def forwards_a_step(row: plan.Row) -> float:
     """Expected forward passes of one student step, a sample; forward and backward count as 3."""
     cfg = recipe_of(row)
     method = MODELS.build(cfg.model)
-    return expected_calls(method, cfg.train_dataloader.batch_size, 1).equivalents * method.student_every
+    forwards = expected_calls(method, cfg.train_dataloader.batch_size, 1).equivalents * method.student_every
+    return forwards + getattr(method, 'extra_forwards', 0.0)
 
 
 def student_steps_of(row: plan.Row) -> int:
@@ -195,7 +197,7 @@ def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bo
 
 
 def results_of(name: str, num_samples: int, file: Path) -> dict[str, Any]:
-    """A row's results so far.
+    """A row's results so far; stale ones, which an earlier state of the code had, count as none.
 
     Raises:
         ValueError: They are of another recipe than the plan's.
@@ -204,9 +206,9 @@ def results_of(name: str, num_samples: int, file: Path) -> dict[str, Any]:
     head = dict(row=name, type=row.type, options=row.options, student_steps=student_steps_of(row),
                 num_samples=num_samples, forwards_a_step=round(forwards_a_step(row), 2))
     head = json.loads(json.dumps(head))
-    if not file.is_file():
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    if not result or result.get('stale'):
         return dict(head, runs=[])
-    result = json.loads(file.read_text())
     for key, value in head.items():
         if result.get(key) != value:
             raise ValueError(f'{file} holds runs with {key}={result.get(key)}, but they would go on with {value}: give '

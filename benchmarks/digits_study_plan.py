@@ -143,6 +143,7 @@ def _rows() -> dict[str, Row]:
     rows['cdm-consistent-800'] = Row('CDM', student_steps=800, group='length')
     rows['fixed-grid-with-cdm-1113'] = Row('CDM', FIXED_GRID, group='length', forwards_of='dmd2-aware-1600')
     rows.update(_questions())
+    rows.update(_variants())
     return rows
 
 
@@ -150,6 +151,8 @@ def _questions() -> dict[str, Row]:
     """Rows beyond the paper's: why more steps are no better, guidance out of the way, the intervals of TDM."""
     rows = {
         'dmd2-one-rollout-equal-forwards': Row('DMD2', {**UNAWARE, **ONE_ROLLOUT}, group='intervals'),
+        'tdm-one-rollout': Row('TDM', {**UNAWARE, **SQUARE, **ONE_ROLLOUT}, group='intervals'),
+        'dmd2-aware-one-rollout': Row('DMD2', ONE_ROLLOUT, group='intervals'),
         'tdm-equal-forwards': Row('TDM', {**UNAWARE, **SQUARE, **ONE_ROLLOUT}, group='intervals'),
         'tdm-aware-equal-forwards': Row('TDM', {**SQUARE, **ONE_ROLLOUT}, group='intervals'),
         'alpha-0-dmd2': Row('DMD2', {**ALPHA_0, **UNAWARE}, group='alpha 0'),
@@ -177,6 +180,23 @@ def _questions() -> dict[str, Row]:
     }
     return {name: replace(row, forwards_of='cdm-consistent') if name.endswith('equal-forwards') else row
             for name, row in rows.items()}
+
+
+def _variants() -> dict[str, Row]:
+    """Rows of digits_variants.py; a fixed grid's levels say themselves what comes next, a dynamic grid's do not."""
+    dynamic = {'model.time_grid': dict(type='DynamicTimeGrid')}
+    posterior = {'model.losses.dm': dict(type='PosteriorDMLoss', guided=True, alpha=1.0)}
+    rows = {
+        'next-level': ('NextLevelDMD2', {}),
+        'low-anchors': ('LowAnchorsDMD2', {}),
+        'input': ('AnchorInputDMD2', {}),
+        'posterior': ('AnchorInputDMD2', posterior),
+        'dynamic-grid': ('DMD2', dynamic),
+        'dynamic-grid-next-level': ('NextLevelDMD2', dynamic),
+    }
+    return {f'dmd2-aware-{name}-one-rollout-equal-forwards': Row(
+        type, {**ONE_ROLLOUT, **options}, group='variants', forwards_of='cdm-consistent')
+        for name, (type, options) in rows.items()}
 
 
 ROWS = _rows()

@@ -37,7 +37,14 @@ both sets (3 nearest neighbours). Figures are means over seeds, with the standar
 are two or more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout
 included; one with a backward counts as 3. DecoupledDMD has levels that are never shifted
 (`model.sigma_shift='none'`), as CDM's authors use it. An FD is biased by the number of samples: the guided teacher at
-50 steps, on other noise than the reference, is the floor.
+50 steps, on other noise than the reference, is the floor. Rows with a † ran before two corrections of the CDM loss (a
+guided one's normaliser measures against the unguided teacher now, and sigma_c is clamped to [0.02, 0.98]) and wait for
+their turn; what the corrections change is under "What it says".
+'''
+
+SAMPLES = '''By `benchmarks/digits_samples.py`, seed 0: samples beside those of the teacher at 50 steps and several
+guidance scales; the scale that they are nearest to, by a parabola through the smallest distance and its neighbours;
+sharpness is the mean squared Laplacian of a picture in [0, 1].
 '''
 
 GROUPS = {
@@ -69,6 +76,10 @@ GROUPS = {
                 'teacher at 50 steps.'),
     'intervals': ('What tells the fake score the anchor', 'Nothing (`dmd2-one-rollout`), TDM\'s disjoint intervals, '
                   'both; beside `dmd2-aware-one-rollout-equal-forwards`. For as many forwards as `cdm-consistent`.'),
+    'variants': ('Variants of DMD2', 'Of `benchmarks/digits_variants.py`: a student that knows the next level, on the '
+                 'fixed grid and on the dynamic one; anchors drawn in proportion to 1 / sigma_n; a fake score that '
+                 'also receives the anchor\'s noisy input, alone and with the teacher\'s posterior as its target '
+                 '(NCVSD). For as many forwards as `cdm-consistent`, beside `dmd2-aware-one-rollout-equal-forwards`.'),
 }
 PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2'),
          ('decoupled-dmd-aware', 'decoupled-dmd'), ('cdm-aware', 'cdm'),
@@ -101,7 +112,11 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2
          ('tdm-aware-equal-forwards', 'tdm-equal-forwards'), ('alpha-0-dmd2-aware', 'alpha-0-dmd2'),
          ('alpha-0-cdm-aware', 'alpha-0-cdm'), ('alpha-0-fixed-grid-with-cdm', 'alpha-0-dmd2-aware'),
          ('alpha-0-cdm-aware', 'alpha-0-dynamic-grid-without-cdm'),
-         ('alpha-0-cdm-aware', 'alpha-0-fixed-grid-with-cdm'))
+         ('alpha-0-cdm-aware', 'alpha-0-fixed-grid-with-cdm'),
+         *((f'dmd2-aware-{name}-one-rollout-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards')
+           for name in ('next-level', 'low-anchors', 'input', 'posterior')),
+         ('dmd2-aware-dynamic-grid-next-level-one-rollout-equal-forwards',
+          'dmd2-aware-dynamic-grid-one-rollout-equal-forwards'))
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
@@ -127,9 +142,13 @@ def final(result: Result, steps: int, measure: str) -> list[float | None]:
 
 def distances(results: list[Result], measure: str) -> str:
     """FD by sampling steps."""
-    rows = [[r['row'], str(len(r['runs'])), str(r['student_steps']), f'{r["forwards_a_step"]:g}']
+    rows = [[_name(r), str(len(r['runs'])), str(r['student_steps']), f'{r["forwards_a_step"]:g}']
             + [spread(final(r, steps, measure), 1) for steps in STEPS] for r in results]
     return markdown(['row', 'seeds', 'student steps', 'forwards', *(_steps(steps) for steps in STEPS)], rows)
+
+
+def _name(result: Result) -> str:
+    return result['row'] + (' †' if result.get('stale') else '')
 
 
 def _steps(number: int) -> str:
@@ -139,7 +158,7 @@ def _steps(number: int) -> str:
 def quality(results: list[Result]) -> str:
     """Accuracy, precision and recall at 4 steps."""
     measures = ('accuracy', 'precision', 'recall', 'precision_real', 'recall_real')
-    rows = [[r['row']] + [spread(final(r, 4, measure), 3) for measure in measures] for r in results]
+    rows = [[_name(r)] + [spread(final(r, 4, measure), 3) for measure in measures] for r in results]
     return markdown(['row, at 4 steps', 'accuracy', 'precision', 'recall', 'precision (real)', 'recall (real)'], rows)
 
 
@@ -150,7 +169,7 @@ def curves(results: list[Result]) -> str:
         points = zip(*([*(e['fd'] for e in run['curve']), *(e['fd'] for e in run['final'] if e['steps'] == 4)]
                        for run in r['runs']))
         total = f'{r["student_steps"] * r["forwards_a_step"]:,.0f}'
-        rows.append([r['row'], *(spread(values, 1) for values in points), total])
+        rows.append([_name(r), *(spread(values, 1) for values in points), total])
     return markdown(['row, FD at 4 steps', '1/4 of the run', '1/2', '3/4', 'the end', 'forwards of the run'], rows)
 
 
@@ -163,7 +182,7 @@ def differences(results: dict[str, Result]) -> str:
             count = len(both[1][0])
             cells = [f'{spread([None if v is None else -v for v in values], 1)} ({smaller}/{count})' if count else ''
                      for values, smaller in both.values()]
-            rows.append([f'{one} - {other}', str(count), *cells])
+            rows.append([f'{_name(results[one])} - {_name(results[other])}', str(count), *cells])
     return markdown(['FD, paired by seed', 'seeds', *(_steps(steps) for steps in STEPS)], rows)
 
 
@@ -195,7 +214,7 @@ def fill(text: str, results: dict[str, Result]) -> str:
         means = [spread(final(results[row], int(at), measure or 'fd'), digits) for at in (steps or '1248')]
         return means[0] if kind == '±' else listed(mean.split()[0] for mean in means)
 
-    return re.sub(r'\{([\w-]+)(?: < ([\w-]+))?(?:\.(\w+))?(?:@(\d))?([\^±])?\}', number, text)
+    return re.sub(r'\{([\w-]+)(?:\s<\s([\w-]+))?(?:\.(\w+))?(?:@(\d))?([\^±])?\}', number, text)
 
 
 def listed(words: Iterable[str]) -> str:
@@ -213,9 +232,20 @@ def teacher(result: Result) -> str:
                      'recall (real)'], rows)
 
 
+def samples(result: dict[str, Any]) -> str:
+    """What `digits_samples.py` has measured, a row a sampler."""
+    scales = ('1.0', '1.5', '2.0', '2.5')
+    rows = [[f'{name}, {key}', f'{e["scale"]:.2f}', *(f'{e["fd"][scale]:.1f}' for scale in scales),
+             f'{e["fd_real"]:.1f}', f'{e["sharpness"]:.3f}', f'{e["accuracy"]:.3f}']
+            for name, entries in result['rows'].items() for key, e in entries.items()]
+    return markdown(['samples', 'nearest guidance scale', *(f'FD to scale {float(scale):g}' for scale in scales),
+                     'FD to real digits', 'sharpness', 'accuracy'], rows)
+
+
 def coverage(results: dict[str, Result]) -> str:
     """What has run of what is planned."""
     done = {name: len(r['runs']) for name, r in results.items()}
+    stale = sum(done[name] for name, r in results.items() if r.get('stale'))
     seconds = sum(run['seconds'] for r in results.values() for run in r['runs'])
     rows = []
     for group, (title, _) in GROUPS.items():
@@ -227,7 +257,8 @@ def coverage(results: dict[str, Result]) -> str:
                      ', '.join(short), 'all' if len(missing) == len(planned) else ', '.join(missing)])
     wanted = sum(row.seeds for row in plan.ROWS.values())
     return (f'**{sum(done.values())} of {wanted} runs are done** (a run is a row on one seed), {len(done)} of '
-            f'{len(plan.ROWS)} rows, in {seconds / 60:.0f} minutes of one CPU core.\n\n'
+            f'{len(plan.ROWS)} rows, in {seconds / 60:.0f} minutes of one CPU core; {stale} of them wait to be run '
+            'again (†).\n\n'
             + markdown(['table', 'runs', 'on fewer seeds than planned', 'rows not run'], rows))
 
 
@@ -243,6 +274,9 @@ def report(study: Path) -> str:
         parts += ['## What it says\n', fill(findings.read_text(encoding='utf-8'), results)]
     for result in teachers:
         parts += ['## Teacher\n', teacher(result)]
+    file = study / 'samples.json'
+    if file.is_file():
+        parts += ['## What is left in the samples\n', SAMPLES, samples(json.loads(file.read_text()))]
     for group, (title, text) in GROUPS.items():
         rows = [r for name, r in results.items() if plan.ROWS[name].group == group]
         if rows:
