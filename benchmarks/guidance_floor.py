@@ -17,7 +17,7 @@ score of one distribution at every level gives that distribution back; a guided 
 
 `students` trains rows of the study and judges their EMA students against each 1,000 of settled particles too, the file
 that `--match` names; `settle` says where it has written it. Everything goes to docs/study/guidance-floor.json, run by
-run; docs/study/floor.md says what it means.
+run; docs/results.md says what it means.
 """
 import argparse
 import json

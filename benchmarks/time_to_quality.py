@@ -22,7 +22,7 @@ from cdm_plugin.commands.doctor.calls import expected_calls
 METHODS = {
     'DMD2, published': ('dmd2', 'dmd2-1600'),
     'DMD2, aware': ('dmd2-aware', 'dmd2-aware-equal-forwards', 'dmd2-aware-1600'),
-    'DMD2, aware, one rollout': ('dmd2-aware-one-rollout-equal-forwards',),
+    'DMD2, aware, one rollout': ('dmd2-aware-one-rollout', 'dmd2-aware-one-rollout-equal-forwards'),
     'DecoupledDMD, published (levels never shifted)': ('decoupled-dmd', 'decoupled-dmd-1600'),
     'DecoupledDMD, aware, uncapped': (
         'decoupled-dmd-aware', 'decoupled-dmd-aware-equal-forwards', 'decoupled-dmd-aware-1600'),
@@ -35,7 +35,7 @@ METHODS = {
     'CDM, consistent, fixed grid, one rollout (the demo)': ('fixed-grid-one-rollout-400',),
     'the same, losses in velocity': ('fixed-grid-one-rollout-velocity-400',),
     'DMD2, aware, one rollout, losses in velocity': ('dmd2-aware-one-rollout-velocity-equal-forwards',),
-    'TDM, one rollout': ('tdm-equal-forwards',)}
+    'TDM, one rollout': ('tdm-one-rollout', 'tdm-equal-forwards')}
 BAR = 'DMD2, published'
 Point = tuple[int, float]
 
