@@ -118,19 +118,17 @@ class Bench:
         form (Form): How large.
         data (Path): Folder that make_data.py made.
         work_dir (Path): Where trainings leave their files.
-        compiled (bool): Whether networks are trained with torch.compile. Default False.
         encoder (bool): Whether students are judged by a public picture encoder too. Default False.
 
     Raises:
         SystemExit: If there is no data.
     """
 
-    def __init__(self, form: Form, data: Path, work_dir: Path, compiled: bool = False, encoder: bool = False) -> None:
+    def __init__(self, form: Form, data: Path, work_dir: Path, encoder: bool = False) -> None:
         if not (data / 'embeddings/index.json').is_file():
             raise SystemExit(f'{data} holds no data of the bench: make it with benchmarks/emoji/make_data.py, '
                              'or name its folder with --data')
-        self.form, self.data, self.work_dir, self.compiled = form, data, work_dir, compiled
-        self.encoder = encoder
+        self.form, self.data, self.work_dir, self.encoder = form, data, work_dir, encoder
         self.device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.captions = {part: [json.loads(line) for line in (data / f'{part}.jsonl').open(encoding='utf-8')]
                          for part in PARTS}
@@ -195,8 +193,6 @@ class Bench:
             cfg.train_dataloader.dataset = dict(type='LatentDataset', data_root=str(self.work_dir / 'cache'))
         cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
         runner = Runner.from_cfg(cfg)
-        if self.compiled:
-            compile_networks(runner.model)
         runner.train()
         export(runner.model.eval(), self.work_dir / 'teacher')
 
@@ -226,22 +222,11 @@ class Bench:
     def run(self, name: str, seed: int, examiner: 'Examiner') -> tuple[DiffusionModel, float, list[dict[str, Any]]]:
         """Trains a row; the method, the seconds of its training, and how it was judged on the way."""
         runner = Runner.from_cfg(self.row_config(name, seed))
-        if self.compiled:
-            compile_networks(runner.model)
         hook = ExaminerHook(examiner)
         runner.register_hook(hook)
         start = time.perf_counter()
         runner.train()
         return runner.model.eval(), time.perf_counter() - start - hook.seconds, hook.curve
-
-
-def compile_networks(method: DiffusionModel) -> None:
-    """Compiles whole networks, as benchmarks/digits_study.py does."""
-    torch._dynamo.config.recompile_limit = 64  # batches of the rollout, with gradient and without
-    torch._dynamo.config.skip_nnmodule_hook_guards = False  # the anchor's hook tells the fake score from the others
-    for role in method.denoisers:
-        if hasattr(method, role):
-            getattr(method, role).compile()
 
 
 class Examiner:
@@ -372,7 +357,7 @@ def study(bench: Bench, out: Path, rows: list[str], seeds: int, pictures: int = 
                                                                     count=pictures) for steps in STEPS}
             images['teacher, 50 steps'] = examiner.sample(method, 'held_out', 'teacher', 50, count=pictures)
             save_png(labelled_grid(images), bench.work_dir / f'{name}_{seed}.png')
-            done.append(dict(seed=seed, compiled=bench.compiled, train_seconds=round(trained, 1), curve=curve,
+            done.append(dict(seed=seed, train_seconds=round(trained, 1), curve=curve,
                              final=final))
             write(out, results)
             print(name, seed, [(entry['steps'], entry['held_out']) for entry in final], flush=True)
@@ -451,7 +436,6 @@ def main(argv: list[str] | None = None) -> None:
     size.add_argument('--latents', action='store_const', dest='form', const='latents',
                       help='as --small, in the latents of an autoencoder')
     parser.add_argument('--report', action='store_true', help='print the table of what has run, and run nothing')
-    parser.add_argument('--compile', action='store_true', help='train with torch.compile: the same maths to rounding')
     parser.add_argument('--encoder', action='store_true', help='judge by EfficientNet-Lite0 too')
     parser.add_argument('--rows', nargs='+', metavar='ROW', choices=list(ROWS),
                         default=[name for name in ROWS if not name.endswith('-long')],
@@ -469,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
         results = json.loads(out.read_text())
     else:
         work_dir = args.work_dir or Path('work_dirs', 'emoji' if form is FULL else f'emoji_{form.name}')
-        bench = Bench(form, args.data or Path(form.data), work_dir, args.compile, args.encoder)
+        bench = Bench(form, args.data or Path(form.data), work_dir, args.encoder)
         results = study(bench, out, args.rows, args.seeds or form.seeds)
     for part in PARTS:
         print(f'\n{part} captions\n\n{table(results, part)}')
