@@ -4,7 +4,7 @@
 
 Trains rows of the study (`digits_study_plan.py`) on one seed, and compares the EMA student's samples with the teacher's
 at 50 steps at several guidance scales: the scale that they are nearest to (the vertex of a parabola through the
-smallest distance and its neighbours), the distance there, and the mean squared Laplacian of a picture in [0, 1], which
+smallest distance and its neighbours), and the mean squared Laplacian of a picture in [0, 1], which
 speckle and hard edges raise. Goes on where it was; writes docs/study/samples.json and prints the table of
 docs/results.md.
 """
@@ -56,7 +56,6 @@ def measures(images: Tensor, judge: Judge, teachers: dict[float, Tensor], real: 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('rows', nargs='*', metavar='ROW', help='default: only print what has run')
-    parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--compile', action='store_true', help='see digits_study.py')
     parser.add_argument('--out', type=Path, default=Path('docs/study/samples.json'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.rows:
         if name in results['rows']:
             continue
-        runner = runner_of(plan.ROWS[name], args.seed, args.work_dir, args.compile)
+        runner = runner_of(plan.ROWS[name], 0, args.work_dir, args.compile)
         runner.train()
         method = runner.model.eval()
         examiner = Examiner(method, 1000, args.work_dir)
@@ -89,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
             rows[name] = {}
             for steps in STEPS:
                 images = sample_prompts(method, judge.labels, judge.noise, role='student', sigmas=step_sigmas(steps))
-                rows[name][f'{steps} steps'] = measures(images, judge, teachers, examiner.real)
+                count = f'{steps} step' if steps == 1 else f'{steps} steps'
+                rows[name][count] = measures(images, judge, teachers, examiner.real)
         write(args.out, results)
     print(samples(results))
 

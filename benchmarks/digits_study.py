@@ -197,7 +197,8 @@ def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bo
 
 
 def results_of(name: str, num_samples: int, file: Path) -> dict[str, Any]:
-    """A row's results so far; stale ones, which an earlier state of the code had, count as none.
+    """A row's results so far. Those of a run that is marked as stale, from before a change of the code, stand until it
+    is run again.
 
     Raises:
         ValueError: They are of another recipe than the plan's.
@@ -206,9 +207,9 @@ def results_of(name: str, num_samples: int, file: Path) -> dict[str, Any]:
     head = dict(row=name, type=row.type, options=row.options, student_steps=student_steps_of(row),
                 num_samples=num_samples, forwards_a_step=round(forwards_a_step(row), 2))
     head = json.loads(json.dumps(head))
-    result = json.loads(file.read_text()) if file.is_file() else {}
-    if not result or result.get('stale'):
+    if not file.is_file():
         return dict(head, runs=[])
+    result = json.loads(file.read_text())
     for key, value in head.items():
         if result.get(key) != value:
             raise ValueError(f'{file} holds runs with {key}={result.get(key)}, but they would go on with {value}: give '
@@ -267,13 +268,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, seed in jobs(args.only or list(plan.ROWS), args.max_seeds):
         row, file = plan.ROWS[name], args.out / f'{name}.json'
         result = results[name] = results.get(name) or results_of(name, args.num_samples, file)
-        if seed in [done['seed'] for done in result['runs']]:
+        if seed in [done['seed'] for done in result['runs'] if not done.get('stale')]:
             continue
         if time.monotonic() + expected_seconds(row, result['runs']) > end:
             print(f'the budget ends before {name}, seed {seed}')
             return
         done = run(row, seed, args.work_dir, args.num_samples, args.compile)
-        result['runs'].append(done)
+        result['runs'] = [*(other for other in result['runs'] if other['seed'] != seed), done]
         write(file, result)
         at = {entry['steps']: entry['fd'] for entry in done['final']}
         print(f'{name}, seed {seed}: {at}, {done["seconds"]:.0f} s', flush=True)

@@ -37,9 +37,9 @@ both sets (3 nearest neighbours). Figures are means over seeds, with the standar
 are two or more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout
 included; one with a backward counts as 3. DecoupledDMD has levels that are never shifted
 (`model.sigma_shift='none'`), as CDM's authors use it. An FD is biased by the number of samples: the guided teacher at
-50 steps, on other noise than the reference, is the floor. Rows with a † ran before two corrections of the CDM loss (a
-guided one's normaliser measures against the unguided teacher now, and sigma_c is clamped to [0.02, 0.98]) and wait for
-their turn; what the corrections change is under "What it says".
+50 steps, on other noise than the reference, is the floor. †2 says that two of a row's runs are from before two
+corrections of the CDM loss (a guided one's normaliser measures against the unguided teacher now, and sigma_c is clamped
+to [0.02, 0.98]) and wait to be run again; what the corrections change is under "What it says".
 '''
 
 SAMPLES = '''By `benchmarks/digits_samples.py`, seed 0: samples beside those of the teacher at 50 steps and several
@@ -148,7 +148,8 @@ def distances(results: list[Result], measure: str) -> str:
 
 
 def _name(result: Result) -> str:
-    return result['row'] + (' †' if result.get('stale') else '')
+    stale = sum(run.get('stale', False) for run in result['runs'])
+    return result['row'] + (f' †{stale}' if stale else '')
 
 
 def _steps(number: int) -> str:
@@ -202,19 +203,19 @@ def fill(text: str, results: dict[str, Result]) -> str:
         KeyError: A row has not run.
     """
     def number(match: re.Match[str]) -> str:
-        row, other, measure, steps, kind = match.groups()
+        row, other, at, measure, steps, kind = match.groups()
         if other:
-            values, smaller = less(results[row], results[other], int(steps))
+            values, smaller = less(results[row], results[other], int(at))
             return f'{spread(values, 1)} on {smaller} of {len(values)} seeds'
         if kind == '^':
             ends = final(results[row], 4, 'fd')
             quarters = zip(*([e['fd'] for e in run['curve']] for run in results[row]['runs']))
-            return listed(f'{statistics.mean(values):.1f}' for values in (*quarters, ends))
+            return listed(spread(values, 1).split()[0] for values in (*quarters, ends))
         digits = 1 if (measure or 'fd').startswith('fd') else 2
-        means = [spread(final(results[row], int(at), measure or 'fd'), digits) for at in (steps or '1248')]
+        means = [spread(final(results[row], int(step), measure or 'fd'), digits) for step in (steps or '1248')]
         return means[0] if kind == '±' else listed(mean.split()[0] for mean in means)
 
-    return re.sub(r'\{([\w-]+)(?:\s<\s([\w-]+))?(?:\.(\w+))?(?:@(\d))?([\^±])?\}', number, text)
+    return re.sub(r'\{([\w-]+)(?:\s<\s([\w-]+)@(\d)|(?:\.(\w+))?(?:@(\d))?([\^±])?)\}', number, text)
 
 
 def listed(words: Iterable[str]) -> str:
@@ -245,7 +246,7 @@ def samples(result: dict[str, Any]) -> str:
 def coverage(results: dict[str, Result]) -> str:
     """What has run of what is planned."""
     done = {name: len(r['runs']) for name, r in results.items()}
-    stale = sum(done[name] for name, r in results.items() if r.get('stale'))
+    stale = sum(run.get('stale', False) for r in results.values() for run in r['runs'])
     seconds = sum(run['seconds'] for r in results.values() for run in r['runs'])
     rows = []
     for group, (title, _) in GROUPS.items():
@@ -281,7 +282,8 @@ def report(study: Path) -> str:
         rows = [r for name, r in results.items() if plan.ROWS[name].group == group]
         if rows:
             parts += [f'## {title}\n', text + '\n',
-                      'FD to the guided teacher\'s samples at the end:\n', distances(rows, 'fd'),
+                      f'FD to the {"un" if group == "alpha 0" else ""}guided teacher\'s samples at the end:\n',
+                      distances(rows, 'fd'),
                       'FD to held-out real digits at the end:\n', distances(rows, 'fd_real'),
                       quality(rows), curves(rows)]
     if any(one in results and other in results for one, other in PAIRS):

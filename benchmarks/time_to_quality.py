@@ -4,7 +4,7 @@
 
 The bar is the smallest mean over the seeds that a judged point of published DMD2's runs has, FD at 4 steps. A run is
 judged after each quarter, so a method is there between two points of one run. Of the runs of a method, of several
-lengths, the one counts that is there first; rows that wait to be run again are left out. Prints a table in Markdown.
+lengths, the one counts that is there first. Prints a table in Markdown.
 """
 import argparse
 import json
@@ -69,13 +69,10 @@ def calls_a_step(row: plan.Row) -> float:
 def table(study: Path) -> str:
     """The page's table."""
     results = {name: json.loads((study / f'{name}.json').read_text()) for names in METHODS.values() for name in names}
-    methods = {method: [n for n in names if not results[n].get('stale')] for method, names in METHODS.items()}
-    bar, at = min((fd, f'`{name}` after {step} student steps') for name in methods[BAR]
+    bar, at = min((fd, f'`{name}` after {step} student steps') for name in METHODS[BAR]
                   for step, fd in curve(results[name]))
     rows, most = [], None
-    for method, names in methods.items():
-        if not names:
-            continue
+    for method, names in METHODS.items():
         forwards = results[names[0]]['forwards_a_step']
         found = [(after, before) for before, after in filter(None, (reached(curve(results[n]), bar) for n in names))]
         cells = ['never', '', f'{min(fd for n in names for _, fd in curve(results[n])):.1f}']

@@ -34,10 +34,13 @@ def check_folder(path: str, given: str, key: str, what: str) -> str:
     """
     if not Path(path).is_dir():
         cached = Path(constants.HF_HUB_CACHE, f'models--{given.replace("/", "--")}').is_dir()
+        owner, slash, _ = given.partition('/')
+        beside = bool(slash) and Path(owner).is_dir() and not cached
         if (given.startswith(('/', './', '../', '~', 'asset:')) or given.endswith('/') or given.count('/') > 1
-                or Path(path).exists() or '/' in given and Path(given.partition('/')[0]).is_dir() and not cached):
+                or Path(path).exists() or beside):
             where = '' if Path(given).is_absolute() or given.startswith('asset:') else f' in {os.getcwd()}'
-            raise FileNotFoundError(f'{key}={given!r} is no folder{where}: give {what}, or a hub id')
+            hub = 'a hub id' + beside * f' (with the folder {owner!r} here, one that `hf download` has fetched)'
+            raise FileNotFoundError(f'{key}={given!r} is no folder{where}: give {what}, or {hub}')
     check_weight_indexes(path)
     return path
 

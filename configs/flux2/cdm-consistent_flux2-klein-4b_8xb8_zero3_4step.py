@@ -1,5 +1,5 @@
 # CDM on FLUX.2-klein-base-4B, the consistent recipe on the fixed grid with one rollout: 8 GPUs x 8 prompts, 1,000
-# student steps. The evidence is of digits, and in part of emoji in a small form (docs/recipes.md); never run on real
+# student steps. The evidence is of digits, and of emoji in small forms (docs/recipes.md); never run on real
 # weights. _base_/consistent.py says what it is, and in one line the way back to the paper's dynamic grid.
 #
 # About 59 GiB a GPU (estimated by `cdm doctor`, not run), so one of 80 GB.

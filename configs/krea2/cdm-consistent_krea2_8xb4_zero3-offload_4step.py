@@ -1,5 +1,5 @@
 # CDM on Krea 2, the consistent recipe on the fixed grid with one rollout: 8 GPUs x 4 prompts, 1,000 updates of the
-# student. The evidence is of digits, and in part of emoji in a small form (docs/recipes.md); never run on real weights.
+# student. The evidence is of digits, and of emoji in small forms (docs/recipes.md); never run on real weights.
 # _base_/consistent.py says what it is, and in one line the way back to the paper's dynamic grid.
 #
 # About 67 GiB a GPU (estimated by `cdm doctor`, not run), so one of 80 GB; 57 GiB of the CPU's memory a process.

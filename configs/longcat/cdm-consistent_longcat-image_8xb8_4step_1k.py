@@ -1,5 +1,5 @@
 # CDM on LongCat-Image, the consistent recipe on the fixed grid with one rollout: 8 GPUs x 8 prompts, 1,000 student
-# steps. The evidence is of digits, and in part of emoji in a small form (docs/recipes.md); never run on real weights.
+# steps. The evidence is of digits, and of emoji in small forms (docs/recipes.md); never run on real weights.
 # _base_/consistent.py says what it is, and in one line the way back to the paper's dynamic grid.
 #
 # About 275 GiB a GPU (estimated by `cdm doctor`, not run): weights, gradients and AdamW's state of 6.3 B parameters in

@@ -1,5 +1,5 @@
 # CDM on SD3-Medium, the consistent recipe on the fixed grid with one rollout: 8 GPUs x 16 prompts, 2,000 student steps.
-# The evidence is of digits, and in part of emoji in a small form (docs/recipes.md); never run on real weights.
+# The evidence is of digits, and of emoji in small forms (docs/recipes.md); never run on real weights.
 # _base_/consistent.py says what it is, and in one line the way back to the paper's dynamic grid.
 #
 # About 108 GiB a GPU (estimated by `cdm doctor`, not run), so one of 141 GB; cached text embeddings save 10 of them.
