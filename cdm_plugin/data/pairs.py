@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, get_dist_info
+from mmengine.dist import all_gather_object, broadcast_object_list, get_dist_info
 from mmengine.registry import DATASETS, DefaultScope
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
@@ -143,6 +143,9 @@ def make_pairs(method: Any, dataset: Any, out: str, index: dict[str, Any], batch
             done[entry['name']] = entry
         except ValueError:  # missing or cut: it is made again
             pass
+    found = [done]
+    broadcast_object_list(found)  # one that came later would find shards of the others there, and share other work
+    done = found[0]
     reused, (rank, world_size) = len(done), get_dist_info()
     absent = [(name, start) for name, start in zip(names, starts) if name not in done]
     with tqdm(total=len(starts), initial=reused, desc='drawing', unit='shard', disable=rank > 0) as bar:

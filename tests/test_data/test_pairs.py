@@ -1,5 +1,7 @@
 """`cdm pairs`, the dataset that reads them, and DMD's regression onto them (arXiv 2311.18828)."""
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from scale_support import Workers, run_command
 from tests_support import recording_optimizers, same_bits, tiny_method
 
 from cdm_plugin.cli import main
+from cdm_plugin.data import pairs as data_pairs
 from cdm_plugin.inference import load_method
 
 DIGITS = 'digits/dmd2_sd3-digits_1xb32_4step_800.py'
@@ -97,6 +100,31 @@ def test_processes_share_the_work_and_draw_the_same(folder, tmp_path):
         for name in ('00000', '00001', '00002'):
             same_bits(*(load_file(root / f'{name}.safetensors') for root in (out, folder)))
         assert (out / 'pairs.json').read_text() == (folder / 'pairs.json').read_text()
+
+
+def late_second(arguments, file):
+    """One process of `cdm pairs`; the second looks at the folder once the first has drawn a shard, if it does."""
+    def late(*args, make_pairs=data_pairs.make_pairs):
+        end = time.monotonic() + 5
+        while os.environ['RANK'] == '1' and not file.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return make_pairs(*args)
+    data_pairs.make_pairs = late
+    run_command(arguments)
+
+
+@pytest.mark.slow
+def test_a_process_that_comes_late_shares_the_same_work(folder, tmp_path):
+    out = tmp_path / 'shared'
+    shutil.copytree(folder, out)
+    for shard in out.glob('*.safetensors'):
+        shard.unlink()
+    arguments = ['pairs', DIGITS, '--out', str(out), '--num', '5', '--steps', '3', '--batch-size', '2',
+                 '--shard-size', '2', '--launcher', 'pytorch', '--cfg-options', 'train_dataloader.dataset.length=6']
+    with Workers(late_second, arguments, out / '00000.safetensors') as workers:
+        assert workers.wait(120) == [0, 0], workers.text()
+        assert f'5 pairs in {out}, shards of an earlier run: 0' in workers.text(0)
+    assert (out / 'pairs.json').read_text() == (folder / 'pairs.json').read_text()
 
 
 def test_unfinished_and_absent_folders(folder, tmp_path):
