@@ -4,9 +4,8 @@
 
 Trains rows of the study (`digits_study_plan.py`) on one seed, and compares the EMA student's samples with the teacher's
 at 50 steps at several guidance scales: the scale that they are nearest to (the vertex of a parabola through the
-smallest distance and its neighbours), and the mean squared Laplacian of a picture in [0, 1], which
-speckle and hard edges raise. Goes on where it was; writes docs/study/samples.json and prints the table of
-docs/results.md.
+smallest distance and its neighbours), and the mean squared Laplacian of a picture in [0, 1], which speckle and hard
+edges raise. Goes on where it was; writes docs/study/samples.json and prints the table of docs/results.md.
 """
 import argparse
 import json
@@ -71,7 +70,6 @@ def main(argv: list[str] | None = None) -> None:
         method = runner.model.eval()
         examiner = Examiner(method, 1000, args.work_dir)
         judge = examiner.judge
-
         if not teachers:
             other = torch.randn(judge.noise.shape, generator=stream('reference'))
             for scale in SCALES:

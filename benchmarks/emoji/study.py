@@ -357,8 +357,7 @@ def study(bench: Bench, out: Path, rows: list[str], seeds: int, pictures: int = 
                                                                     count=pictures) for steps in STEPS}
             images['teacher, 50 steps'] = examiner.sample(method, 'held_out', 'teacher', 50, count=pictures)
             save_png(labelled_grid(images), bench.work_dir / f'{name}_{seed}.png')
-            done.append(dict(seed=seed, train_seconds=round(trained, 1), curve=curve,
-                             final=final))
+            done.append(dict(seed=seed, train_seconds=round(trained, 1), curve=curve, final=final))
             write(out, results)
             print(name, seed, [(entry['steps'], entry['held_out']) for entry in final], flush=True)
     return results
