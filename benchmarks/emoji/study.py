@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import os
-import statistics
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, find_latest_checkpoint
+from study_tables import STEPS, curves, kernel_distances, steps_name, table
 from torch import Tensor
 
 from cdm_plugin.codecs import VAECodec
@@ -54,7 +54,7 @@ ROWS = {
     'decoupled-dmd-aware': ('decoupled-dmd', {**UNSHIFTED, **AWARE, **UNCAPPED}, 1), 'cdm': ('cdm', {}, 1),
     'cdm-consistent': ('cdm-consistent', {}, 1), 'fixed-grid-one-rollout': ('cdm-consistent', ONE_ROLLOUT, 1),
     'dmd2-long': ('dmd2', {}, 4), 'cdm-long': ('cdm', {}, 4), 'cdm-consistent-long': ('cdm-consistent', {}, 4)}
-STEPS, TEACHER_STEPS = (1, 2, 4, 8), (1, 2, 4, 8, 50)
+TEACHER_STEPS = (*STEPS, 50)
 PARTS = ('held_out', 'train')
 TINY = dict(sample_size=16, patch_size=2, in_channels=12, out_channels=12, pos_embed_max_size=16, num_layers=3,
             num_attention_heads=2, attention_head_dim=32, caption_projection_dim=64, joint_attention_dim=384,
@@ -353,8 +353,8 @@ def study(bench: Bench, out: Path, rows: list[str], seeds: int, pictures: int = 
             method, trained, curve = bench.run(name, seed, examiner)
             with student_weights(method, ema=True):
                 final = [examiner.examine(method, 'student', steps) for steps in STEPS]
-                images = {f'{name}, {_count(steps)}': examiner.sample(method, 'held_out', 'student', steps,
-                                                                    count=pictures) for steps in STEPS}
+                images = {f'{name}, {steps_name(steps)}': examiner.sample(
+                    method, 'held_out', 'student', steps, count=pictures) for steps in STEPS}
             images['teacher, 50 steps'] = examiner.sample(method, 'held_out', 'teacher', 50, count=pictures)
             save_png(labelled_grid(images), bench.work_dir / f'{name}_{seed}.png')
             done.append(dict(seed=seed, train_seconds=round(trained, 1), curve=curve, final=final))
@@ -367,64 +367,6 @@ def write(file: Path, results: dict[str, Any]) -> None:
     """Whole or not at all."""
     with whole_file(file) as part:
         part.write_text(json.dumps(results, separators=(',', ':')) + '\n')
-
-
-def table(results: dict[str, Any], part: str) -> str:
-    """The results on one part of the captions, in Markdown."""
-    head = ['model', 'seeds', *(f'{name}, {_count(steps)}' for name in ('FD', 'retrieval@1') for steps in STEPS)]
-    lines = [head, ['---'] * len(head)]
-    for name, scores in (('real pictures', results['real']), ('through the autoencoder', results.get('autoencoder'))):
-        if scores:
-            lines.append([name, '', '', '', '', '', f'{scores[part]["retrieval@1"]:.3f}', '', '', ''])
-    for name, runs in {'teacher, guided': [dict(final=results['teacher'])], **results['rows']}.items():
-        if runs:
-            cells = [_spread([entry[part][key] for run in runs for entry in run['final'] if entry['steps'] == steps],
-                             digits) for key, digits in (('fd', 2), ('retrieval@1', 3)) for steps in STEPS]
-            lines.append([name, '' if name == 'teacher, guided' else str(len(runs)), *cells])
-    return _markdown(lines)
-
-
-def curves(results: dict[str, Any]) -> str:
-    """FD at 4 steps on held-out captions over the training, in Markdown."""
-    head = ['model', 'seeds', 'student steps', 'FD after a quarter', 'half', 'three quarters', 'all']
-    lines = [head, ['---'] * len(head)]
-    for name, runs in results['rows'].items():
-        runs = [run for run in runs if 'curve' in run]
-        if runs:
-            last = [entry['held_out'] for run in runs for entry in run['final'] if entry['steps'] == 4]
-            points = [*zip(*(run['curve'] for run in runs)), last]
-            lines.append([name, str(len(runs)), str(2 * runs[0]['curve'][1]['student_steps']),
-                          *(_spread([entry['fd'] for entry in point], 2) for point in points)])
-    return _markdown(lines) if len(lines) > 2 else ''
-
-
-def kernel_distances(results: dict[str, Any]) -> str:
-    """Kernel distances in the space of the public encoder, of the runs that have them, in Markdown."""
-    head = ['model', 'seeds', *(f'KD to {name}, {_count(steps)}' for name in ('teacher', 'real') for steps in STEPS)]
-    lines = [head, ['---'] * len(head)]
-    for name, runs in {'teacher, guided': [dict(final=results['teacher'])], **results['rows']}.items():
-        runs = [run for run in runs if 'kd' in run['final'][0]['held_out']]
-        if runs:
-            cells = [_spread([entry['held_out'][key] for run in runs for entry in run['final']
-                              if entry['steps'] == steps], 1) for key in ('kd', 'kd_real') for steps in STEPS]
-            lines.append([name, '' if name == 'teacher, guided' else str(len(runs)), *cells])
-    return _markdown(lines) if len(lines) > 2 else ''
-
-
-def _spread(values: list[float | None], digits: int) -> str:
-    """Mean and standard deviation."""
-    if None in values:
-        return 'diverged'
-    deviation = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}f}{deviation}'
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
-
-
-def _count(steps: int) -> str:
-    return f'{steps} step' if steps == 1 else f'{steps} steps'
 
 
 def main(argv: list[str] | None = None) -> None:

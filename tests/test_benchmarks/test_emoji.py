@@ -28,7 +28,7 @@ def emoji():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EMOJI))
         yield importlib.import_module
-    for name in ('study', 'judge', 'make_data', 'autoencoder', 'encoder'):
+    for name in ('study', 'study_tables', 'judge', 'make_data', 'autoencoder', 'encoder'):
         sys.modules.pop(name, None)
 
 
