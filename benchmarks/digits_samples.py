@@ -46,8 +46,8 @@ def nearest(scales: Sequence[float], distances: Sequence[float]) -> float:
 def measures(images: Tensor, judge: Judge, teachers: dict[float, Tensor], real: Tensor) -> dict[str, Any]:
     """Of samples of the judge's labels, beside the teacher's features at each scale."""
     features = classifier_features(images, judge.classifier)
-    distances = {scale: round(frechet_distance(features, other), 2) for scale, other in teachers.items()}
-    return dict(fd=distances, scale=round(nearest(list(distances), list(distances.values())), 2),
+    distances = [round(frechet_distance(features, other), 2) for other in teachers.values()]
+    return dict(fd=dict(zip(map(str, teachers), distances)), scale=round(nearest(list(teachers), distances), 2),
                 fd_real=round(frechet_distance(features, real), 2), sharpness=round(sharpness(images), 4),
                 accuracy=class_accuracy(images, judge.labels, judge.classifier))
 

@@ -197,8 +197,7 @@ def run(row: plan.Row, seed: int, work_dir: Path, num_samples: int, compiled: bo
 
 
 def results_of(name: str, num_samples: int, file: Path) -> dict[str, Any]:
-    """A row's results so far. Those of a run that is marked as stale, from before a change of the code, stand until it
-    is run again.
+    """A row's results so far.
 
     Raises:
         ValueError: They are of another recipe than the plan's.
@@ -268,13 +267,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, seed in jobs(args.only or list(plan.ROWS), args.max_seeds):
         row, file = plan.ROWS[name], args.out / f'{name}.json'
         result = results[name] = results.get(name) or results_of(name, args.num_samples, file)
-        if seed in [done['seed'] for done in result['runs'] if not done.get('stale')]:
+        if seed in [done['seed'] for done in result['runs']]:
             continue
         if time.monotonic() + expected_seconds(row, result['runs']) > end:
             print(f'the budget ends before {name}, seed {seed}')
             return
         done = run(row, seed, args.work_dir, args.num_samples, args.compile)
-        result['runs'] = [*(other for other in result['runs'] if other['seed'] != seed), done]
+        result['runs'].append(done)
         write(file, result)
         at = {entry['steps']: entry['fd'] for entry in done['final']}
         print(f'{name}, seed {seed}: {at}, {done["seconds"]:.0f} s', flush=True)

@@ -37,9 +37,7 @@ both sets (3 nearest neighbours). Figures are means over seeds, with the standar
 are two or more. Forwards are network forward passes of one sample in one student step, fake-score steps and rollout
 included; one with a backward counts as 3. DecoupledDMD has levels that are never shifted
 (`model.sigma_shift='none'`), as CDM's authors use it. An FD is biased by the number of samples: the guided teacher at
-50 steps, on other noise than the reference, is the floor. †2 says that two of a row's runs are from before two
-corrections of the CDM loss (a guided one's normaliser measures against the unguided teacher now, and sigma_c is clamped
-to [0.02, 0.98]) and wait to be run again; what the corrections change is under "What it says".
+50 steps, on other noise than the reference, is the floor.
 '''
 
 SAMPLES = '''By `benchmarks/digits_samples.py`, seed 0: samples beside those of the teacher at 50 steps and several
@@ -102,6 +100,7 @@ PAIRS = (('dmd2-aware', 'dmd2'), ('dmd2-gan', 'dmd2'), ('dmd2-gan-strong', 'dmd2
          ('dmd2-aware-one-rollout-equal-forwards', 'dmd2-aware-equal-forwards'),
          ('fixed-grid-one-rollout-400', 'fixed-grid-with-cdm-400'),
          ('fixed-grid-one-rollout-400', 'dmd2-aware-one-rollout-equal-forwards'),
+         ('fixed-grid-cdm-only-one-rollout-equal-forwards', 'fixed-grid-one-rollout-equal-forwards'),
          ('fixed-grid-one-rollout-velocity-400', 'fixed-grid-one-rollout-400'),
          ('dmd2-aware-one-rollout-velocity-equal-forwards', 'dmd2-aware-one-rollout-equal-forwards'),
          ('dmd2-aware-min-norm', 'dmd2-aware'),
@@ -142,14 +141,9 @@ def final(result: Result, steps: int, measure: str) -> list[float | None]:
 
 def distances(results: list[Result], measure: str) -> str:
     """FD by sampling steps."""
-    rows = [[_name(r), str(len(r['runs'])), str(r['student_steps']), f'{r["forwards_a_step"]:g}']
+    rows = [[r['row'], str(len(r['runs'])), str(r['student_steps']), f'{r["forwards_a_step"]:g}']
             + [spread(final(r, steps, measure), 1) for steps in STEPS] for r in results]
     return markdown(['row', 'seeds', 'student steps', 'forwards', *(_steps(steps) for steps in STEPS)], rows)
-
-
-def _name(result: Result) -> str:
-    stale = sum(run.get('stale', False) for run in result['runs'])
-    return result['row'] + (f' †{stale}' if stale else '')
 
 
 def _steps(number: int) -> str:
@@ -159,7 +153,7 @@ def _steps(number: int) -> str:
 def quality(results: list[Result]) -> str:
     """Accuracy, precision and recall at 4 steps."""
     measures = ('accuracy', 'precision', 'recall', 'precision_real', 'recall_real')
-    rows = [[_name(r)] + [spread(final(r, 4, measure), 3) for measure in measures] for r in results]
+    rows = [[r['row']] + [spread(final(r, 4, measure), 3) for measure in measures] for r in results]
     return markdown(['row, at 4 steps', 'accuracy', 'precision', 'recall', 'precision (real)', 'recall (real)'], rows)
 
 
@@ -170,7 +164,7 @@ def curves(results: list[Result]) -> str:
         points = zip(*([*(e['fd'] for e in run['curve']), *(e['fd'] for e in run['final'] if e['steps'] == 4)]
                        for run in r['runs']))
         total = f'{r["student_steps"] * r["forwards_a_step"]:,.0f}'
-        rows.append([_name(r), *(spread(values, 1) for values in points), total])
+        rows.append([r['row'], *(spread(values, 1) for values in points), total])
     return markdown(['row, FD at 4 steps', '1/4 of the run', '1/2', '3/4', 'the end', 'forwards of the run'], rows)
 
 
@@ -183,7 +177,7 @@ def differences(results: dict[str, Result]) -> str:
             count = len(both[1][0])
             cells = [f'{spread([None if v is None else -v for v in values], 1)} ({smaller}/{count})' if count else ''
                      for values, smaller in both.values()]
-            rows.append([f'{_name(results[one])} - {_name(results[other])}', str(count), *cells])
+            rows.append([f'{one} - {other}', str(count), *cells])
     return markdown(['FD, paired by seed', 'seeds', *(_steps(steps) for steps in STEPS)], rows)
 
 
@@ -246,7 +240,6 @@ def samples(result: dict[str, Any]) -> str:
 def coverage(results: dict[str, Result]) -> str:
     """What has run of what is planned."""
     done = {name: len(r['runs']) for name, r in results.items()}
-    stale = sum(run.get('stale', False) for r in results.values() for run in r['runs'])
     seconds = sum(run['seconds'] for r in results.values() for run in r['runs'])
     rows = []
     for group, (title, _) in GROUPS.items():
@@ -258,8 +251,7 @@ def coverage(results: dict[str, Result]) -> str:
                      ', '.join(short), 'all' if len(missing) == len(planned) else ', '.join(missing)])
     wanted = sum(row.seeds for row in plan.ROWS.values())
     return (f'**{sum(done.values())} of {wanted} runs are done** (a run is a row on one seed), {len(done)} of '
-            f'{len(plan.ROWS)} rows, in {seconds / 60:.0f} minutes of one CPU core; {stale} of them wait to be run '
-            'again (†).\n\n'
+            f'{len(plan.ROWS)} rows, in {seconds / 60:.0f} minutes of one CPU core.\n\n'
             + markdown(['table', 'runs', 'on fewer seeds than planned', 'rows not run'], rows))
 
 

@@ -1,19 +1,27 @@
-"""Forwards until a student is as good as published DMD2 ever is, from the study's raw data: no training.
+"""Forwards and CPU seconds until a student is as good as published DMD2 ever is, from the study's raw data.
 
-    python benchmarks/time_to_quality.py        # a minute: it counts each method's calls on the digits' network
+    python benchmarks/time_to_quality.py              # a minute: it counts each method's calls on the digits' network
+    python benchmarks/time_to_quality.py --measure    # CPU seconds of a student step first: every method, one process
 
 The bar is the smallest mean over the seeds that a judged point of published DMD2's runs has, FD at 4 steps. A run is
 judged after each quarter, so a method is there between two points of one run. Of the runs of a method, of several
-lengths, the one counts that is there first. Prints a table in Markdown.
+lengths, the one counts that is there first. Prints a table in Markdown and draws the curves.
 """
 import argparse
 import json
+import tempfile
+import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import digits_study
 import digits_study_plan as plan
+import matplotlib.pyplot as plt
+import torch
+from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 
 from cdm_plugin.commands.doctor.calls import expected_calls
@@ -32,8 +40,10 @@ METHODS = {
     'CDM, consistent, fixed grid': (
         'fixed-grid-with-cdm', 'fixed-grid-with-cdm-400', 'fixed-grid-with-cdm-equal-forwards',
         'fixed-grid-with-cdm-1113', 'fixed-grid-with-cdm-1600'),
-    'CDM, consistent, fixed grid, one rollout (the demo)': ('fixed-grid-one-rollout-400',),
-    'the same, losses in velocity': ('fixed-grid-one-rollout-velocity-400',),
+    'CDM, consistent, fixed grid, one rollout (the demo)': (
+        'fixed-grid-one-rollout-400', 'fixed-grid-one-rollout-equal-forwards'),
+    'the same, the CDM loss alone': ('fixed-grid-cdm-only-one-rollout-equal-forwards',),
+    'the same, all three losses in velocity': ('fixed-grid-one-rollout-velocity-400',),
     'DMD2, aware, one rollout, losses in velocity': ('dmd2-aware-one-rollout-velocity-equal-forwards',),
     'TDM, one rollout': ('tdm-one-rollout', 'tdm-equal-forwards')}
 BAR = 'DMD2, published'
@@ -66,32 +76,93 @@ def calls_a_step(row: plan.Row) -> float:
     return sum(expected_calls(method, cfg.train_dataloader.batch_size, 1).calls.values()) * method.student_every
 
 
-def table(study: Path) -> str:
+class StepTimer(Hook):
+    """CPU time at the end of every student step."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if (runner.iter + 1) % runner.model.student_every == 0:
+            self.ends.append(time.process_time())
+
+
+def cpu_seconds(row: plan.Row, student_steps: int) -> float:
+    """CPU seconds of one student step with its fake-score steps: the mean over a short run, without its first step."""
+    timer = StepTimer()
+    with tempfile.TemporaryDirectory() as folder:
+        runner = digits_study.runner_of(replace(row, student_steps=student_steps, forwards_of=None), 0, Path(folder))
+        runner.register_hook(timer)
+        runner.train()
+    return mean(end - start for start, end in pairwise(timer.ends))
+
+
+def measure(student_steps: int, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of a student step by method, once a round, all methods in each round."""
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for _ in range(rounds):
+        for method, names in METHODS.items():
+            seconds[method].append(round(cpu_seconds(plan.ROWS[names[0]], student_steps), 4))
+    return seconds
+
+
+def load(study: Path) -> dict[str, dict[str, Any]]:
+    """Results of every row that the methods have."""
+    return {name: json.loads((study / f'{name}.json').read_text()) for names in METHODS.values() for name in names}
+
+
+def table(results: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -> str:
     """The page's table."""
-    results = {name: json.loads((study / f'{name}.json').read_text()) for names in METHODS.values() for name in names}
     bar, at = min((fd, f'`{name}` after {step} student steps') for name in METHODS[BAR]
                   for step, fd in curve(results[name]))
     rows, most = [], None
     for method, names in METHODS.items():
-        forwards = results[names[0]]['forwards_a_step']
+        forwards, cost = results[names[0]]['forwards_a_step'], mean(seconds[method])
         found = [(after, before) for before, after in filter(None, (reached(curve(results[n]), bar) for n in names))]
-        cells = ['never', '', f'{min(fd for n in names for _, fd in curve(results[n])):.1f}']
+        cells = ['never', '', '', f'{min(fd for n in names for _, fd in curve(results[n])):.1f}']
         if found:
             after, before = min(found)
             most = most or after * forwards
-            cells[:2] = [f'{before * forwards:,.0f} to {after * forwards:,.0f}', f'{after * forwards / most:.2f}']
-        rows.append([method, f'{forwards:g}', f'{calls_a_step(plan.ROWS[names[0]]):.1f}', *cells])
-    header = ['method', 'forwards a student step', 'calls in sequence', f'forwards until FD {bar:.1f}',
-              "share of published DMD2's", 'its own best']
+            cells[:3] = [f'{before * forwards:,.0f} to {after * forwards:,.0f}', f'{after * forwards / most:.2f}',
+                         f'{before * cost:.0f} to {after * cost:.0f}']
+        rows.append([method, f'{forwards:g}', f'{calls_a_step(plan.ROWS[names[0]]):.1f}', f'{cost:.2f}', *cells])
+    header = ['method', 'forwards a student step', 'calls in sequence', 'CPU seconds a student step',
+              f'forwards until FD {bar:.1f}', "share of published DMD2's", 'CPU seconds until then', 'its own best']
     lines = [header, ['---'] * len(header), *rows]
     return f'Bar: {bar:.1f}, {at}.\n\n' + '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
+    """FD at 4 steps over forwards, every row a line, every method a colour; what runs away leaves the picture."""
+    figure, axes = plt.subplots(figsize=(10, 5.5), layout='constrained')
+    for index, (method, names) in enumerate(METHODS.items()):
+        for name in names:
+            forwards = results[name]['forwards_a_step']
+            axes.plot(*zip(*((step * forwards, fd) for step, fd in curve(results[name]))), color=f'C{index % 10}',
+                      label=method if name == names[0] else None, marker='.', linestyle='--' if index > 9 else '-')
+    axes.set(xscale='log', ylim=(8, 40), xlabel='forwards of a sample', ylabel='FD at 4 steps')
+    axes.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--study', type=Path, default=Path('docs/study'))
+    parser.add_argument('--figure', type=Path, default=Path('docs/time_to_quality.png'))
+    parser.add_argument('--measure', action='store_true', help='CPU seconds anew, on one thread: some minutes')
+    parser.add_argument('--student-steps', type=int, default=21, help='of a measurement')
+    parser.add_argument('--rounds', type=int, default=2, help='measurements of a method')
     args = parser.parse_args(argv)
-    print(table(args.study))
+    file = args.study / 'cpu-seconds.json'
+    if args.measure:
+        torch.set_num_threads(1)
+        file.write_text(json.dumps(measure(args.student_steps, args.rounds), indent=0) + '\n')
+    if not file.is_file():
+        raise SystemExit(f'{file} is missing: --measure makes it')
+    results = load(args.study)
+    draw(results, args.figure)
+    print(table(results, json.loads(file.read_text())))
 
 
 if __name__ == '__main__':

@@ -63,14 +63,6 @@ def test_numbers_of_the_findings_are_read_from_the_results(plan, report):
         report.fill('{tdm@4}', results)
 
 
-def test_stale_runs_are_marked_and_counted(plan, report, tmp_path):
-    row = result('dmd2', {0: 10.0, 1: 14.0}, plan)
-    row['runs'][1]['stale'] = True
-    (tmp_path / 'dmd2.json').write_text(json.dumps(row))
-    text = report.report(tmp_path)
-    assert '| dmd2 †1 | 2 | 200 | 16 | 12.0 ± 2.8 |' in text and '; 1 of them wait to be run again (†).' in text
-
-
 def test_the_report_in_the_repository_is_of_the_results_in_it(report):
     page = (DOCS / 'results.md').read_text(encoding='utf-8')
     assert page == report.report(DOCS / 'study'), 'run benchmarks/digits_study_report.py'
