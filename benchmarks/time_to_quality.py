@@ -4,13 +4,14 @@
     python benchmarks/time_to_quality.py --measure    # CPU seconds of a student step first: every method, one process
 
 The bar is the smallest mean over the seeds that a judged point of published DMD2's runs has, FD at 4 steps. A run is
-judged after each quarter, so a method is there between two points of one run. Of the runs of a method, of several
-lengths, the one counts that is there first. Prints a table in Markdown and draws the curves.
+judged after each quarter, so a method is there between two judged points, of its rows of all lengths. Prints a table in
+Markdown and draws the curves.
 """
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -59,14 +60,11 @@ def curve(result: dict[str, Any], steps: int = 4) -> list[Point]:
             if None not in [fd for _, fd in points]]
 
 
-def reached(points: list[Point], bar: float) -> tuple[int, int] | None:
+def reached(curves: Iterable[list[Point]], bar: float) -> tuple[int, int] | None:
     """Student steps of the last judged point before the bar is met (0: there is none) and of the first where it is."""
-    before = 0
-    for step, fd in points:
-        if fd <= bar:
-            return before, step
-        before = step
-    return None
+    points = [point for curve in curves for point in curve]
+    after = min((step for step, fd in points if fd <= bar), default=None)
+    return None if after is None else (max((step for step, _ in points if step < after), default=0), after)
 
 
 def calls_a_step(row: plan.Row) -> float:
@@ -118,10 +116,10 @@ def table(results: dict[str, dict[str, Any]], seconds: dict[str, list[float]]) -
     rows, most = [], None
     for method, names in METHODS.items():
         forwards, cost = results[names[0]]['forwards_a_step'], mean(seconds[method])
-        found = [(after, before) for before, after in filter(None, (reached(curve(results[n]), bar) for n in names))]
+        found = reached((curve(results[name]) for name in names), bar)
         cells = ['never', '', '', f'{min(fd for n in names for _, fd in curve(results[n])):.1f}']
         if found:
-            after, before = min(found)
+            before, after = found
             most = most or after * forwards
             cells[:3] = [f'{before * forwards:,.0f} to {after * forwards:,.0f}', f'{after * forwards / most:.2f}',
                          f'{before * cost:.0f} to {after * cost:.0f}']

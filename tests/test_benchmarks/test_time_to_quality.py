@@ -36,7 +36,9 @@ def test_a_curve_is_the_mean_of_the_seeds_at_4_steps(quality):
 
 def test_the_first_judged_point_at_the_bar_and_the_one_before(quality):
     points = [(10, 7.0), (20, 5.0), (30, 6.0), (40, 3.0)]
-    assert [quality.reached(points, bar) for bar in (8, 7, 5.5, 4, 2)] == [(0, 10), (0, 10), (10, 20), (30, 40), None]
+    assert [quality.reached([points], bar) for bar in (8, 7, 5.5, 4, 2)] == [
+        (0, 10), (0, 10), (10, 20), (30, 40), None]
+    assert quality.reached([[(40, 3.0)], [(10, 9.0), (30, 8.0)]], 5) == (30, 40)  # a shorter row was not there
 
 
 def test_the_table_by_hand(quality, tmp_path, monkeypatch, capsys):
