@@ -16,7 +16,7 @@ from typing import Any
 import digits_study_plan as plan
 import torch
 from digits_study import Examiner, runner_of, write
-from digits_study_report import samples
+from digits_study_report import samples, steps_name
 from torch import Tensor
 
 from cdm_plugin.commands.demo.judge import Judge
@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             rows[name] = {}
             for steps in STEPS:
                 images = sample_prompts(method, judge.labels, judge.noise, role='student', sigmas=step_sigmas(steps))
-                count = f'{steps} step' if steps == 1 else f'{steps} steps'
-                rows[name][count] = measures(images, judge, teachers, examiner.real)
+                rows[name][steps_name(steps)] = measures(images, judge, teachers, examiner.real)
         write(args.out, results)
     print(samples(results))
 

@@ -143,10 +143,11 @@ def distances(results: list[Result], measure: str) -> str:
     """FD by sampling steps."""
     rows = [[r['row'], str(len(r['runs'])), str(r['student_steps']), f'{r["forwards_a_step"]:g}']
             + [spread(final(r, steps, measure), 1) for steps in STEPS] for r in results]
-    return markdown(['row', 'seeds', 'student steps', 'forwards', *(_steps(steps) for steps in STEPS)], rows)
+    return markdown(['row', 'seeds', 'student steps', 'forwards', *(steps_name(steps) for steps in STEPS)], rows)
 
 
-def _steps(number: int) -> str:
+def steps_name(number: int) -> str:
+    """In words."""
     return f'{number} step' if number == 1 else f'{number} steps'
 
 
@@ -178,7 +179,7 @@ def differences(results: dict[str, Result]) -> str:
             cells = [f'{spread([None if v is None else -v for v in values], 1)} ({smaller}/{count})' if count else ''
                      for values, smaller in both.values()]
             rows.append([f'{one} - {other}', str(count), *cells])
-    return markdown(['FD, paired by seed', 'seeds', *(_steps(steps) for steps in STEPS)], rows)
+    return markdown(['FD, paired by seed', 'seeds', *(steps_name(steps) for steps in STEPS)], rows)
 
 
 def less(one: Result, other: Result, steps: int) -> tuple[list[float | None], int]:
@@ -220,7 +221,7 @@ def listed(words: Iterable[str]) -> str:
 
 def teacher(result: Result) -> str:
     """The teacher's own rows; a guided step is two forwards."""
-    rows = [[f'{name}, {_steps(e["steps"])}', f'{e["fd"]:.1f}', f'{e["fd_real"]:.1f}',
+    rows = [[f'{name}, {steps_name(e["steps"])}', f'{e["fd"]:.1f}', f'{e["fd_real"]:.1f}',
              *(f'{e[m]:.3f}' for m in ('accuracy', 'precision', 'recall', 'precision_real', 'recall_real'))]
             for name in plan.TEACHERS for e in result.get(name, ())]
     return markdown(['teacher', 'FD', 'FD (real)', 'accuracy', 'precision', 'recall', 'precision (real)',

@@ -48,6 +48,7 @@ METHODS = {
     'DMD2, aware, one rollout, losses in velocity': ('dmd2-aware-one-rollout-velocity-equal-forwards',),
     'TDM, one rollout': ('tdm-one-rollout', 'tdm-equal-forwards')}
 BAR = 'DMD2, published'
+STUDENT_STEPS, ROUNDS = 21, 2  # of a measurement of CPU seconds, and how often every method is measured
 Point = tuple[int, float]
 
 
@@ -95,12 +96,12 @@ def cpu_seconds(row: plan.Row, student_steps: int) -> float:
     return mean(end - start for start, end in pairwise(timer.ends))
 
 
-def measure(student_steps: int, rounds: int) -> dict[str, list[float]]:
+def measure() -> dict[str, list[float]]:
     """CPU seconds of a student step by method, once a round, all methods in each round."""
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for method, names in METHODS.items():
-            seconds[method].append(round(cpu_seconds(plan.ROWS[names[0]], student_steps), 4))
+            seconds[method].append(round(cpu_seconds(plan.ROWS[names[0]], STUDENT_STEPS), 4))
     return seconds
 
 
@@ -149,13 +150,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--study', type=Path, default=Path('docs/study'))
     parser.add_argument('--figure', type=Path, default=Path('docs/time_to_quality.png'))
     parser.add_argument('--measure', action='store_true', help='CPU seconds anew, on one thread: some minutes')
-    parser.add_argument('--student-steps', type=int, default=21, help='of a measurement')
-    parser.add_argument('--rounds', type=int, default=2, help='measurements of a method')
     args = parser.parse_args(argv)
     file = args.study / 'cpu-seconds.json'
     if args.measure:
         torch.set_num_threads(1)
-        file.write_text(json.dumps(measure(args.student_steps, args.rounds), indent=0) + '\n')
+        digits_study.write(file, measure())
     if not file.is_file():
         raise SystemExit(f'{file} is missing: --measure makes it')
     results = load(args.study)

@@ -52,8 +52,12 @@ def test_the_table_by_hand(quality, tmp_path, monkeypatch, capsys):
     call = ['--study', str(tmp_path), '--figure', str(tmp_path / 'curves.png')]
     with pytest.raises(SystemExit, match='cpu-seconds.json is missing: --measure makes it'):
         quality.main(call)
-    seconds = {'DMD2, published': [1.0, 2.0], 'B': [2.0, 2.5], 'C': [3.0, 3.0]}
-    (tmp_path / 'cpu-seconds.json').write_text(json.dumps(seconds))
+    answers = iter([1.0, 2.0, 3.0, 2.0, 2.5, 3.0])  # round by round
+    monkeypatch.setattr(quality, 'cpu_seconds', lambda row, student_steps: next(answers))
+    quality.main([*call, '--measure'])
+    capsys.readouterr()
+    assert json.loads((tmp_path / 'cpu-seconds.json').read_text()) == {
+        'DMD2, published': [1.0, 2.0], 'B': [2.0, 2.5], 'C': [3.0, 3.0]}
     quality.main(call)
     table = capsys.readouterr().out.strip()
     assert table.startswith('Bar: 20.0, `a` after 20 student steps.')
