@@ -3,9 +3,10 @@
 #
 # Guidance at every prediction and a fake score that knows the anchor, the levels of inference in place of the dynamic
 # grid, and one rollout for the two fake-score steps of a student step: 24.5 forwards of a sample a student step instead
-# of 37.5. On the digits that is as good at 2 and 4 sampling steps in short runs, and better at 8; small forms of
-# emoji agree in the mean, on one seed and two (docs/recipes.md, docs/emoji.md). Every iteration has a student step, so a run, its warm-up and
-# its intervals are half as many iterations. Settings of a loss that a method lacks are left aside: DMD2 takes the same.
+# of 37.5. On the digits that is as good at 2 and 4 sampling steps in short runs, and better at 8; small forms of emoji
+# agree in the mean, on one seed and two (docs/recipes.md, docs/emoji.md). Every iteration has a student step, so a run,
+# its warm-up and its intervals are half as many iterations. Settings of a loss that a method lacks are left aside: DMD2
+# takes the same.
 #
 # The paper's dynamic grid with two rollouts, in twice as many iterations (where a recipe sets
 # optim_wrapper.fake.accumulative_counts to 1, with that at 2 again):
